@@ -12,7 +12,7 @@ SCHEMES = (
     "sftp", "ssh", "webhdfs", "hdfs", "oss", "oci", "github", "smb", "dbfs", "r2",
 )  # fmt: skip
 
-_URL = re.compile(r"((?:[a-z0-9]+::)*)([A-Za-z][A-Za-z0-9.+-]*)://([^/?]*)(.*)", re.DOTALL)
+_URL = re.compile(r"(?:[a-z0-9]+::)*([A-Za-z][A-Za-z0-9.+-]*)://([^/?]*)(.*)", re.DOTALL)
 _IN_TEXT = re.compile(r"(?<![\w+.-])(?:[a-z0-9]+::)*[A-Za-z][A-Za-z0-9.-]*://[^\s\"'`<>]+")
 _QUERY = re.compile(r"\?[\w.~%-]+=")  # `checkpoint-?` is a pattern
 _BEHIND = re.compile(r"(?:[,;)\]}]+|:[-+]?\d+\.?\d*)*$")  # of a list that it is in, and the scale of an adapter
@@ -35,7 +35,7 @@ def is_url(name: str) -> bool:
 def scheme_of(url: str) -> str:
     """The scheme in lower case: `s3`."""
     match = _URL.match(url)
-    return match[2].lower() if match else ""
+    return match[1].lower() if match else ""
 
 
 def public(text: str) -> str:
@@ -55,21 +55,26 @@ def full(url: str) -> str:
 
 
 def _public(url: str) -> str:
+    if "::" in url:  # one in another, as fsspec has them: `zip://file::https://host/archive.zip`
+        shown = "::".join(_public(part) if "://" in part else part for part in url.split("::"))
+        if shown != url:
+            _full[shown] = url
+        return shown
     end = _BEHIND.search(url)
     behind = end[0] if end else ""
     url = url.removesuffix(behind) if behind else url
     match = _URL.fullmatch(url)
     if match is None:
         return url + behind
-    chain, scheme, authority, rest = match[1], match[2].lower(), match[3], match[4]
+    scheme, authority, rest = match[1].lower(), match[2], match[3]
     user, at, host = authority.rpartition("@")
     login = at and scheme not in _NO_LOGIN and (":" in user or scheme in ("http", "https"))
     shown_authority = host if login else authority
     query = _QUERY.search(rest)
     path, parameters = (rest[: query.start()], rest[query.start() + 1 :]) if query else (rest, "")
     kept = [part for part in parameters.split("&") if part.partition("=")[0].lower() in _SHOWN]
-    shown = f"{chain}{scheme}://{shown_authority}{path}" + (f"?{'&'.join(kept)}" if kept else "")
-    given = f"{chain}{scheme}://{authority}{rest}"
+    shown = f"{scheme}://{shown_authority}{path}" + (f"?{'&'.join(kept)}" if kept else "")
+    given = f"{scheme}://{authority}{rest}"
     if given != shown:
         if _resource(_full.get(shown, given)) != _resource(given):
             raise UsageError(

@@ -183,7 +183,16 @@ def _open_address(name: str) -> Checkpoint:
             raise CheckpointError(error.message, file=name) from error
         return _open_snapshot(name, snapshot, below)
     site = url_model.find(name)
-    checkpoint = _open_taken(name, site.root, site.file, site.take)
+    try:
+        checkpoint = _open_taken(name, site.root, site.file, site.take)
+    except CheckpointError as error:
+        if not site.has_weights and (inside := site.inside()):
+            message = f"there are no files of weights, but {inside}. Name one of these"
+            raise CheckpointError(message, file=name) from None
+        here, file = str(site.root), error.file or name
+        raise CheckpointError(
+            error.message.replace(here, site.folder), file=file.replace(here, site.folder), tensor=error.tensor
+        ) from error
     checkpoint.site = site
     return checkpoint
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from fastinterp.checkpoint import hub, remote
-from fastinterp.checkpoint.names import names_weights
+from fastinterp.checkpoint.names import listing, names_weights
 from fastinterp.checkpoint.url_store import FsspecStore, Store, There
 from fastinterp.errors import CheckpointError, OutputError, StorageError
 from fastinterp.messages import counted, size, tell
@@ -80,6 +80,24 @@ class Site:
             (self.root / name).parent.mkdir(parents=True, exist_ok=True)
             remote.register(self.root / name, file, None)
             self.versions[name] = file.size, file.version
+
+    @property
+    def folder(self) -> str:
+        """The address of the folder."""
+        return _parent(self.url) if self.file else self.url.rstrip("/")
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether there are files of weights, as far as was looked."""
+        return bool(self.file) or any(names_weights(name) for name in self.versions)
+
+    def inside(self) -> str:
+        """What is in the folder, for a message: `the folders a, b`; empty, if it is empty."""
+        there = {name: t for name, t in self._listed("").items() if not name.startswith(".")}
+        folders = [name for name, t in there.items() if t.folder]
+        kind = "the folder" if folders else "the file"
+        names = folders or [*there]
+        return f"{kind}{'s' if len(names) > 1 else ''} {listing(names, 8)}" if names else ""
 
     def fetch(self, names: Iterable[str]) -> None:
         """Fetch small files, whatever they are called: those that are there. Raises: StorageError."""
@@ -163,7 +181,7 @@ def _parent(url: str) -> str:
 
 def _store(url: str, given: str) -> Store:
     """given: the address with login and parameters"""
-    if scheme_of(url) not in ("http", "https"):
+    if scheme_of(url) not in ("http", "https") or "::" in url:
         return FsspecStore(url, given)
     from fastinterp.checkpoint.http_folder import HttpStore
 

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import is_dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from fastinterp.checkpoint import hub
 from fastinterp.checkpoint.names import listing, names_file, names_weights, shell_word
@@ -21,6 +21,9 @@ from fastinterp.checkpoint.sidecar_files import CONFIG
 from fastinterp.errors import CheckpointError, FastinterpError, OutputError, StorageError, UsageError
 from fastinterp.messages import counted, size, tell
 from fastinterp.urls import full, scheme_of
+
+if TYPE_CHECKING:
+    from fastinterp.output.hub_upload import Upload
 
 _AT_ONCE = 4  # files that are uploaded at the same time
 # Stores of objects: a file appears when it is complete. In others it is uploaded under another name, and renamed.
@@ -44,6 +47,8 @@ class Destination:
             raise UsageError(
                 f"{url}: nothing can be written to addresses of HTTP. Give a folder, or an s3:// address, say"
             )
+        if not url.partition("://")[2].partition("?")[0].strip("/"):
+            raise UsageError(f"{url} names no output: expected {scheme}://BUCKET/PATH")
         if scheme in ("file", "local"):
             raise UsageError(f"{url} is on this machine. Write {shell_word(url.partition('://')[2])}")
         self._home = ""
@@ -57,8 +62,6 @@ class Destination:
 
             self._fs, path = file_system(self.url, full(self.url))
             self._path = path.rstrip("/")
-            if not self._path.strip("/"):
-                raise UsageError(f"{url} names no output: expected {scheme}://BUCKET/PATH")
             self._refuse_existing()
             self._refuse_unwritable()
 
@@ -119,35 +122,35 @@ class Destination:
 
         Raises: OutputError, if the upload fails: the output stays here, and the message says how to repeat it.
         """
-        self._home = tempfile.mkdtemp(prefix="fastinterp-upload-")
-        kept = False
+        self._home, complete = tempfile.mkdtemp(prefix="fastinterp-upload-"), False
+        upload: Upload | None = None
         try:
-            try:
-                if self._hub:
-                    from fastinterp.output.hub_upload import Upload
-
-                    upload = Upload(self.url.partition("://")[2], self.local, force=self._force)
-                yield self.local
-            except OutputError as error:
-                if self._home not in str(error):
-                    raise
-                where = "The output is written there before it is uploaded: TMPDIR=FOLDER names another place"
-                raise OutputError(f"{error}. {where}") from None
-            try:
-                if self._hub:
-                    upload.run()
-                else:
-                    self.upload(Path(self.local))
-            except BaseException as error:
-                kept = True
-                again = upload.command if self._hub else f"`{self.command}`"
-                error.outcome = f"the output is complete in {self.local}; to upload it: {again}"  # type: ignore[attr-defined]
-                if isinstance(error, FastinterpError) and self.local not in str(error):
-                    error.args = (f"{error}. The output is complete in {self.local}. To upload it: {again}",)
-                raise
+            upload = self._of_hub() if self._hub else None
+            yield self.local
+            complete = True
+            if upload is None:
+                self.upload(Path(self.local))
+            else:
+                upload.run()
+            complete = False
+        except BaseException as error:
+            again = f"`{self.command}`" if upload is None else upload.command
+            kept = f"the output is complete in {self.local}. To upload it: {again}"
+            error.outcome = kept if complete else "nothing was uploaded"  # type: ignore[attr-defined]
+            if isinstance(error, OutputError) and self._home in str(error) and not complete:
+                place = "The output is written there before it is uploaded: TMPDIR=FOLDER names another place"
+                raise OutputError(f"{error}. {place}") from None
+            if isinstance(error, FastinterpError) and complete and self.local not in str(error):
+                error.args = (f"{error}. T{kept[1:]}",)
+            raise
         finally:
-            if not kept:
+            if not complete:
                 shutil.rmtree(self._home, ignore_errors=True)
+
+    def _of_hub(self) -> Upload:
+        from fastinterp.output.hub_upload import Upload
+
+        return Upload(self.url.partition("://")[2], self.local, force=self._force)
 
     @property
     def command(self) -> str:
