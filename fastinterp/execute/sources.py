@@ -221,7 +221,7 @@ def _streams(elsewhere: Sequence[Path], inputs: Sequence[TensorInput], most: int
     files = [file for path in elsewhere if (file := remote.find(path)) is not None]
     models = dict.fromkeys(path.parent for path in elsewhere)
     total = sum(tensor.nbytes for tensor in inputs if not {*tensor.files}.isdisjoint(elsewhere))
-    what = f"{counted(len(files), 'file')}, {size(total)}, as they are merged, and not stored"
+    what = f"{counted(len(files), 'file')}, {size(total)}, as they are needed, and not stored"
     tell(f"reading {what}: {listed([file.name for file in files], 4)}")
     return Streams(files, len(models), most, stack)
 

@@ -17,7 +17,7 @@ from yaml.constructor import SafeConstructor
 
 from fastinterp.errors import RecipeError, ShapeError
 from fastinterp.messages import clipped, shown
-from fastinterp.urls import public
+from fastinterp.urls import is_url, public
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
@@ -134,6 +134,8 @@ def as_yaml(values: Sequence[Any]) -> str:
 
 
 def _text(path: str, file: str) -> str:
+    if is_url(path):
+        raise RecipeError("recipes are read from files here. Download it, and name the file", file=file)
     try:
         with open(os.path.expanduser(path), "rb") as stream:
             raw = stream.read(MAX_BYTES + 1)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import ClassVar
 
 import fsspec
 import numpy as np
@@ -178,7 +179,9 @@ def test_the_hub_by_addresses(here):
         for name in ("hf://org/a", f"hf://org/a@{commit}", "https://huggingface.co/org/a", "hf://org/a/model.safetensors",
                      f"https://huggingface.co/org/a/blob/{commit}/model.safetensors"):  # fmt: skip
             found = open_checkpoint(name)
-            assert list(found.tensors) == ["a", "big"] and found.snapshot.commit == commit
+            assert (
+                list(found.tensors) == ["a", "big"] and found.snapshot is not None and found.snapshot.commit == commit
+            )
         fastinterp.interpolate("hf://org/a", "b", 0.5, "out", stream=True)
         fastinterp.interpolate("a", "b", 0.5, "local")
         assert data("out") == data("local")
@@ -209,7 +212,9 @@ def test_faults_that_pass(server, monkeypatch):
 class Flaky(MemoryFileSystem):
     """Every read fails some times, or for ever."""
 
-    protocol, cachable, store, pseudo_dirs = "flaky", False, {}, [""]
+    protocol, cachable = "flaky", False
+    store: ClassVar[dict] = {}
+    pseudo_dirs: ClassVar[list] = [""]
     failures, asked = 0, 0
     error: Exception = TimeoutError("no answer from flaky://me:5ec4e7@h/x?sig=5ec4e7")
 
@@ -262,7 +267,8 @@ def test_a_file_that_changes(memory, monkeypatch):
     """In fsspec's stores it shows when all is read, over HTTP with every answer: nothing is written."""
     from fastinterp.checkpoint.url_store import FsspecFile
 
-    read, changed = FsspecFile.read_into, []
+    read = FsspecFile.read_into
+    changed: list = []
 
     def replace(file, view, offset):
         read(file, view, offset)
