@@ -48,6 +48,7 @@ from fastinterp.output.earlier import key_of
 from fastinterp.output.folder import OutFolder
 from fastinterp.plan.inputs import TensorInput
 from fastinterp.plan.plan import Plan
+from fastinterp.presence import exists
 from fastinterp.progress import Progress, callback_of
 from fastinterp.recipe.references import ModelRef
 from fastinterp.recipe.renaming import shortened
@@ -263,7 +264,7 @@ class _Extraction:
     def config(self, modules: Sequence[FactorisedModule], base: str) -> dict[str, Any]:
         """adapter_config.json."""
         parts, ranks = self._parts, {m.name: m.rank for m in modules}
-        path, _, revision = base.rpartition("@") if "@" in base and not os.path.exists(base) else (base, "", "")
+        path, _, revision = base.rpartition("@") if "@" in base and not exists(base) else (base, "", "")
         every = modules_of(t.name for t in self._plan.tensors)
         return adapter_config(
             ranks, ranks, target_modules(every, ranks) if ranks else [], base=path, task=parts.task,
@@ -330,7 +331,7 @@ def _card(names: tuple[str, str], how: _How, modules: Sequence[FactorisedModule]
 
     total = AdapterReport("", tuple(modules), (), (), False, 0, 0, 0.0).total
     energy = "" if how.energy is None else f", energy {how.energy:g}"
-    base = None if os.path.exists(names[0]) or hub.parse(names[0]) is None else names[0].partition("@")[0]
+    base = None if exists(names[0]) or hub.parse(names[0]) is None else names[0].partition("@")[0]
     shown = shortened(names)
     text = (
         f"Extracted from {quote(shown[1])}, a fine-tune of {quote(shown[0])}: rank {how.rank}{energy}, "

@@ -29,6 +29,7 @@ from fastinterp.ops.dtypes import F32, DType, promoted
 from fastinterp.output.earlier import key_of
 from fastinterp.output.folder import OutFolder
 from fastinterp.plan.inputs import TensorInput
+from fastinterp.presence import exists
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.shown_names import shown_names
 
@@ -322,7 +323,7 @@ def _names(module: LowRankModule, style: str) -> tuple[str, str]:
 
 def _card(plan: AdapterPlan) -> str:
     base = plan.adapters[0].config.get("base_model_name_or_path")
-    known = isinstance(base, str) and not os.path.exists(base) and hub.parse(base) is not None
+    known = isinstance(base, str) and not exists(base) and hub.parse(base) is not None
     shown = shown_names([plan.recipe])
     names = "\n".join(f"- {quote(shown.model(s.name))}" for s in plan.sources if s.adapter is not None)
     text = f"Merged from adapters, method {quote(plan.recipe.method.name)}:\n\n{names}\n\nThe recipe:\n\n"
