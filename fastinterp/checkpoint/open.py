@@ -142,7 +142,7 @@ def open_checkpoint(name: str) -> Checkpoint:
     try:
         checkpoint = _open_folder(name, root)
     except CheckpointError as error:
-        if snapshot.sizes is not None:
+        if snapshot.sizes is not None or isinstance(error, UnreadableError):
             raise
         message = f"{error.message}. Nothing was fetched, since {hub.offline()}. {hub.download(*parsed)}"
         raise CheckpointError(message, file=error.file, tensor=error.tensor) from error

@@ -16,6 +16,7 @@ from fastinterp.checkpoint.checksum import stated_checksum
 from fastinterp.checkpoint.file_kinds import read_header
 from fastinterp.checkpoint.names import quote, shell_word
 from fastinterp.checkpoint.open import Checkpoint
+from fastinterp.checkpoint.regular_file import CHANGED
 from fastinterp.errors import CheckpointError, UnreadableError
 from fastinterp.execute.sources import storage
 from fastinterp.messages import size as shown_size
@@ -85,6 +86,8 @@ def refuse_torn_file(
             stated = stated_checksum(read_header(path, 0).metadata)
             if stated is not None and sum(checksum(fd, start, size)) % 2**64 != stated:
                 raise _torn(path, holes, start, size, checkpoint)
+        except ValueError:
+            raise UnreadableError(CHANGED, file=str(path)) from None
         finally:
             os.close(fd)
 

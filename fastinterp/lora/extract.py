@@ -105,8 +105,9 @@ def extract_lora(
     names = path_of(base, "base"), path_of(finetune, "finetune")
     plan = plan_change(*names)
     with ExitStack() as stack:
+        files = stack.enter_context(ExitStack())
         inputs = {t.name: pair_of(plan, t) for t in plan.tensors}
-        reader = TensorReader(plan.checkpoints, (x for pair in inputs.values() for x in pair), stack, threads)
+        reader = TensorReader(plan.checkpoints, (x for pair in inputs.values() for x in pair), files, threads)
         total = 2 * sum(x.nbytes for t in plan.tensors for x in inputs[t.name] if t.merged)
         norms = norms_of_changes(plan, inputs, reader, _part(shown, 0, total))
         config = json_or_empty(plan.checkpoints[0].root / CONFIG)
@@ -138,6 +139,7 @@ def extract_lora(
         modules, written = run.write(folder, _part(shown, total // 2, total))
         reader.refuse_changed()
         write_small_files(folder, run.config(modules, names[0]), _card(names, how, modules))
+        files.close()  # of the inputs: what fails there fails before the output is in place
         folder.commit()
     return AdapterReport(
         folder.name, modules, tuple(parts.saved), left_out, False, total, written, time.perf_counter() - start,

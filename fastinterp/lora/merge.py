@@ -68,7 +68,8 @@ def merge_adapters(
     if names_file(target) and plan.style == "peft":
         raise UsageError(f"an adapter of peft is a folder, with an adapter_config.json. Give {quote(target[:-12])}")
     with ExitStack() as stack:
-        merge = AdapterMerge(plan, stack, threads)
+        files = stack.enter_context(ExitStack())
+        merge = AdapterMerge(plan, files, threads)
         name = WEIGHTS_FILE if plan.style == "peft" else _FILE
         inputs = [path for adapter in plan.adapters for path in adapter.checkpoint.inputs]
         key = key_of((recipe.text, recipe.out_dtype, recipe.dtype, recipe.rank, recipe.seed), inputs)
@@ -83,6 +84,7 @@ def merge_adapters(
         merge.reader.refuse_changed()
         if plan.style == "peft":
             write_small_files(folder, merged_config(plan, modules, merge.alphas), _card(plan))
+        files.close()  # of the inputs: what fails there fails before the output is in place
         folder.commit()
     names = sorted({re.sub(r"\.[^.]+$", "", whole.name) for whole in plan.whole})
     return AdapterReport(

@@ -4,8 +4,10 @@
 
 Each case starts a command and sends its process a signal, up to three times in a row: at a moment drawn between its
 start and its end, or, most often, between the first change of the output and its end. Unless all was done by then, the
-same command runs again, undisturbed. Of torchrun's processes, the launcher, a rank or all of them are hit. The output must have the bytes of an undisturbed run, file for file, nothing else
+same command runs again, undisturbed. The output must have the bytes of an undisturbed run, file for file, nothing else
 may lie beside it, and the inputs must be as they were. Prints a table; exit code 1, if a case failed.
+
+Of torchrun's processes, the launcher, a rank or all of them get the signal.
 """
 
 from __future__ import annotations
