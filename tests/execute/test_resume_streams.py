@@ -68,7 +68,7 @@ def test_a_streamed_run_that_is_killed_twice(hub, run, tmp_path, method):
     last = run("out", "--verify-kept")
     assert last.returncode == 0, last.stderr
     (kept,) = shares(last.stderr)
-    assert 50 <= kept < 100 and 0 < json.loads(last.stdout)["resumed"] < 1
+    assert 40 <= kept < 100 and 0 < json.loads(last.stdout)["resumed"] < 1
     assert hub.data() - before < 0.75 * whole  # it is fetched in cells of 256 KiB, and headers and samples anyway
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
     assert list((tmp_path / "home").rglob("*.safetensors")) == [], "weights were stored"
