@@ -26,6 +26,7 @@ from fastinterp.torch_models.module_tensors import (
     is_extra_state,
     tied_error,
     weights_of,
+    with_versions,
 )
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Point
@@ -128,7 +129,7 @@ def load_into(
         else:
             _fill(plan, on_cpu, threads, scratch_bytes)
     finally:
-        increment_versions(weights)
+        increment_versions(with_versions(weights))
 
 
 def _check_module(module: Any, recipe: Any) -> None:
