@@ -18,6 +18,7 @@ from fastinterp.in_memory.allocate import Framework, maker, torch_dtype
 from fastinterp.paths.points import Point
 from fastinterp.plan.plan import Plan, plan_recipe
 from fastinterp.plan.planned import PlannedTensor
+from fastinterp.presence import is_folder
 from fastinterp.torch_models.module_tensors import (
     Mismatches,
     Weight,
@@ -159,7 +160,7 @@ def _recipe(source: Source) -> str | Mapping[str, Any] | Sequence[Mapping[str, A
     if isinstance(source, (Mapping, list, tuple)) or (isinstance(source, str) and "\n" in source):
         return source
     path = path_of(source, "recipe")
-    if os.path.isdir(os.path.expanduser(path)) or path.endswith((WEIGHTS, INDEX, *PICKLES)):
+    if is_folder(os.path.expanduser(path)) or path.endswith((WEIGHTS, INDEX, *PICKLES)):
         return {"merge_method": "passthrough", "models": [{"model": path}]}
     return path
 

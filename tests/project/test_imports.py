@@ -22,7 +22,7 @@ SOURCES = sorted({*(ROOT / "fastinterp").rglob("*.py"), *(ROOT / "fastinterp" / 
 
 # Each part of the package, and the parts it may import beside itself. The most specific name counts: a module of
 # ops/ that is not named here belongs to `ops`. Parts that import nothing but themselves are leaves.
-LEAVES = {"errors", "messages", "html", "progress", "_version"}
+LEAVES = {"errors", "messages", "html", "progress", "presence", "_version"}
 CONTRACT = {"ops", "ops.steps"}
 PLANNING = LEAVES | CONTRACT | {"arguments", "recipe", "methods", "checkpoint", "output", "tokenizer"}
 RUNNING = PLANNING | {"plan", "backends", "execute"}
@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "messages": set(),
     "html": set(),
     "progress": set(),
+    "presence": {"errors"},
     "_version": set(),
     "_C": set(),
     "_cuda": set(),
