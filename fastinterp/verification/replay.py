@@ -21,7 +21,7 @@ from fastinterp.output.receipt import RECEIPT
 from fastinterp.plan.given_sums import with_sums
 from fastinterp.progress import callback_of
 from fastinterp.verification.made_output import MadeOutput, open_output, refuse_numerics
-from fastinterp.verification.models import Given, found_models
+from fastinterp.verification.models import ModelPlaces, found_models
 from fastinterp.verification.recipes import plan_again
 
 
@@ -67,7 +67,7 @@ def replay(
     output: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    models: Given = None,
+    models: ModelPlaces | None = None,
     device: str = "auto",
     threads: int | None = None,
     max_memory: str | int = "512MB",
