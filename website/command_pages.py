@@ -7,30 +7,29 @@ import re
 import click
 
 from fastinterp.cli import commands as group
+from fastinterp.cli.mergekit import command as mergekit_yaml
 from website.docstrings import prose
 
 
 def commands() -> str:
     """A section for each command: usage, description, examples, options."""
     assert isinstance(group, click.Group)
-    parent = click.Context(group, info_name="fastinterp")
+    context = click.Context(group, info_name="fastinterp")
     made = ["# Commands", "", "What `fastinterp COMMAND --help` prints.", ""]
-    for name in group.list_commands(parent):
-        command = group.get_command(parent, name)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
         assert command is not None
-        context = click.Context(command, parent=parent, info_name=name)
-        usage = " ".join(command.collect_usage_pieces(context))
-        made += [f"## {name}", "", "```text", f"fastinterp {name} {usage}", "```", "", *_text(command.help or ""), ""]
-        rows = [
-            record for p in command.params if isinstance(p, click.Option) and (record := p.get_help_record(context))
-        ]
-        made += [
-            "| option | does |",
-            "|---|---|",
-            *(f"| `{option.replace('|', '/')}` | {prose(does, {})} |" for option, does in rows),
-            "",
-        ]
-    return "\n".join(made)
+        made += _section(command, name, f"fastinterp {name}")
+    return "\n".join([*made, *_section(mergekit_yaml, "fastinterp-mergekit", "fastinterp-mergekit")])
+
+
+def _section(command: click.Command, name: str, program: str) -> list[str]:
+    context = click.Context(command, info_name=program)
+    usage = " ".join([program, *command.collect_usage_pieces(context)])
+    made = [f"## {name}", "", "```text", usage, "```", "", *_text(command.help or ""), ""]
+    records = [p.get_help_record(context) for p in command.params if isinstance(p, click.Option)]
+    rows = [f"| `{option}` | {prose(does, {})} |" for option, does in filter(None, records)]
+    return [*made, "| option | does |", "|---|---|", *rows, ""]
 
 
 def _text(help_: str) -> list[str]:
