@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 
 import click
 
@@ -40,8 +41,8 @@ def _text(help_: str) -> list[str]:
         if lines[0].strip() != "\b":
             made += [prose(" ".join(line.strip() for line in lines), {}), ""]
             continue
-        lines = lines[1:]
-        if not lines[0].startswith(" ") and lines[0].rstrip().endswith(":"):
+        lines = textwrap.dedent("\n".join(lines[1:])).split("\n")
+        if lines[0].endswith(":"):
             made += [prose(lines.pop(0), {}), ""]
-        made += ["```text", *(line.removeprefix("  ") for line in lines), "```", ""]
+        made += ["```text", textwrap.dedent("\n".join(lines)), "```", ""]
     return made

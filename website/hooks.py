@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,12 +53,23 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) -> str:
     """The text of a page, as MkDocs takes it."""
     name = page.file.src_uri
     if name in MADE:
-        return markdown
-    return site_text(markdown, name if name in ABOVE else f"docs/{name}")
+        return site_text(markdown, f"docs/{name}", titles(config.nav))
+    if name == "methods.md":  # the methods of the table lead to their sections
+        markdown = re.sub(r"^\| `(\w+)` \|", r"| [`\1`](method-reference.md#\1) |", markdown, flags=re.MULTILINE)
+    return site_text(markdown, name if name in ABOVE else f"docs/{name}", titles(config.nav))
+
+
+def titles(nav: Any) -> dict[str, str]:
+    """The title of each page in the navigation."""
+    found: dict[str, str] = {}
+    for entry in nav:
+        for title, target in entry.items():
+            found |= titles(target) if isinstance(target, list) else {target: title}
+    return found
 
 
 def images_elsewhere(page: str) -> list[str]:
@@ -76,8 +87,10 @@ def project_path(page: str, target: str) -> str:
     return os.path.normpath(os.path.join(os.path.dirname(page), target))
 
 
-def site_text(markdown: str, page: str) -> str:
+def site_text(markdown: str, page: str, titles: Mapping[str, str]) -> str:
     """The Markdown of the page at `page` in the project, with links of the site, and tables for Python-Markdown.
+
+    titles  of pages: what a link says that is called as its file
 
     GitHub reads `\\|` in code as a bar; Python-Markdown would show the backslash, and needs none in code.
     """
@@ -89,7 +102,9 @@ def site_text(markdown: str, page: str) -> str:
         file, hash_, anchor = target.partition("#")
         path = project_path(page, file)
         if path in ABOVE or path.startswith("docs/") or path.endswith(IMAGES):
-            return f"{image}[{text}]({path.removeprefix('docs/')}{hash_}{anchor})"
+            target = path.removeprefix("docs/")
+            text = titles.get(target, text) if text == file else text
+            return f"{image}[{text}]({target}{hash_}{anchor})"
         return text
 
     parts, end = [], 0

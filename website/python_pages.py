@@ -116,12 +116,20 @@ def _name(module: str, name: str, home: str, links: Mapping[str, str], qualified
     made = [f"### {html.escape(shown).replace('__', chr(92) + '_' + chr(92) + '_')} {{ #{_anchor(shown)} }}", ""]
     node = _found(module, name)
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-        made += ["```python", _signature(node, name), "```", "", markdown(_doc(node), links), ""]
+        made += ["```python", _signature(node, name), "```", "", *_types(node, links), markdown(_doc(node), links), ""]
     elif isinstance(node, ast.ClassDef):
         made += _class(node, name, links)
     elif isinstance(node, ast.Assign):
         made += _alias(node, module, name, links)
     return made
+
+
+def _types(node: ast.FunctionDef | ast.AsyncFunctionDef, links: Mapping[str, str]) -> list[str]:
+    """A line with links to the types of a signature that are explained."""
+    annotations = [a.annotation for a in (*node.args.args, *node.args.kwonlyargs)] + [node.returns]
+    words = [n.id for a in annotations if a for n in ast.walk(a) if isinstance(n, ast.Name)]
+    named = [f"[`{word}`]({links[word]})" for word in dict.fromkeys(words) if word in links]
+    return [f"Types: {', '.join(named)}.", ""] if named else []
 
 
 def _class(node: ast.ClassDef, name: str, links: Mapping[str, str]) -> list[str]:
@@ -133,6 +141,9 @@ def _class(node: ast.ClassDef, name: str, links: Mapping[str, str]) -> list[str]
         made += ["```python", _signature(init, name, method=True), "```", ""]
     if error and bases:
         made += [markdown(f"A kind of `{bases[0]}`.", links), ""]
+    fields = [f"{_unparsed(n.target)}: {_unparsed(n.annotation)}" for n in node.body if isinstance(n, ast.AnnAssign)]
+    if fields:
+        made += ["```python", *(field for field in fields if not field.startswith("_")), "```", ""]
     made += [markdown(_doc(node), links), ""]
     for member in node.body:
         if not isinstance(member, ast.FunctionDef) or member.name.startswith("_"):
