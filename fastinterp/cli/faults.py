@@ -15,7 +15,7 @@ from fastinterp.errors import CheckpointError, FastinterpError, RecipeError
 
 if TYPE_CHECKING:
     from fastinterp.inspect.check_result import CheckResult, Finding
-    from fastinterp.plan.plan import Source
+    from fastinterp.recipe.document import Source
 
 RECIPE_KEYS = ("dtype", "rounding", "seed", "missing", "channels", "quantize")  # options that replace a recipe's keys
 OUTCOME = (

@@ -25,9 +25,11 @@ from fastinterp.integrations.sharded_parameters import Parts, unwrapped
 from fastinterp.integrations.torch_ops import ema_
 from fastinterp.messages import counted, listed
 from fastinterp.paths.average import average_of
+from fastinterp.paths.points import Point
 from fastinterp.plan.plan import Plan
 from fastinterp.presence import exists, is_folder
-from fastinterp.torch_models.load import Source, allocate, load, planned
+from fastinterp.recipe.document import Source
+from fastinterp.torch_models.load import allocate, load, planned
 
 _GENERATION = "generation_config.json"
 _SHOWN = 5  # names that a message lists
@@ -36,7 +38,7 @@ _ADAPTER = "adapter_model.safetensors"
 
 
 def from_recipe(
-    recipe: Source,
+    recipe: Source | Point,
     model_class: Any,
     *,
     dtype: Any = None,

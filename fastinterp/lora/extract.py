@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from fastinterp.arguments import path_of
+from fastinterp.arguments import Checkpoint, path_of
 from fastinterp.backends.registry import cpu_threads
 from fastinterp.checkpoint.names import listing, names_file, quote
 from fastinterp.checkpoint.sidecar_files import CONFIG, json_or_empty
@@ -62,8 +62,8 @@ _DELTA = Row(0, 0.0, ((1, 1.0),))  # x1 - x0, rounded once to float32
 
 
 def extract_lora(
-    finetune: str | os.PathLike[str],
-    base: str | os.PathLike[str],
+    finetune: Checkpoint,
+    base: Checkpoint,
     out: str | os.PathLike[str],
     *,
     rank: int,

@@ -6,9 +6,9 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from fastinterp.arguments import dtype_named, optional_size, path_of, size_of, without_recipe
+from fastinterp.arguments import Checkpoint, dtype_named, optional_size, path_of, size_of, without_recipe
 from fastinterp.backends.registry import cpu_isa, cpu_threads, device_spec, find_devices
 from fastinterp.checkpoint.names import names_file
 from fastinterp.errors import OutputError, UsageError
@@ -21,30 +21,38 @@ from fastinterp.presence import exists, is_there
 from fastinterp.progress import Progress, callback_of
 from fastinterp.recipe.load import load_recipe
 
-Model = str | os.PathLike[str]
-Callback = Callable[[Point, dict[str, Any]], Any]
+PointCallback = Annotated[
+    Callable[[Point, dict[str, Any]], Any],
+    """A function that `sweep(..., in_memory=...)` calls for every point: fn(point, tensors).
+
+    point    a `Point`: its place on the path
+    tensors  the merged model, name -> tensor, as `framework` says: of torch on the CPU, or of numpy
+
+    What it returns becomes `point.result`. The tensors are its own, and may be kept.
+    """,
+]
 _MEMORY = "512MB"
 
 
 @without_recipe
 def sweep(
-    a: Model | None = None,
-    b: Model | None = None,
+    a: Checkpoint | None = None,
+    b: Checkpoint | None = None,
     alphas: Iterable[float] | None = None,
-    out: Model | None = None,
+    out: str | os.PathLike[str] | None = None,
     *,
-    base: Model | None = None,
-    add: Mapping[str, Model] | None = None,
+    base: Checkpoint | None = None,
+    add: Mapping[str, Checkpoint] | None = None,
     grid: Mapping[str, Iterable[float]] | None = None,
     method: str | None = None,
     parameters: Mapping[str, Any] | None = None,
-    integers: Model | None = None,
-    tokenizer_source: Model | None = None,
+    integers: Checkpoint | None = None,
+    tokenizer_source: str | os.PathLike[str] | None = None,
     missing: str | None = None,
     channels: str | None = None,
     quantize: str | None = None,
     virtual: bool = False,
-    in_memory: Callback | None = None,
+    in_memory: PointCallback | None = None,
     framework: str = "torch",
     device: str = "auto",
     threads: int | None = None,

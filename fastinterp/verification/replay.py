@@ -28,7 +28,7 @@ from fastinterp.presence import file_size
 from fastinterp.progress import callback_of
 from fastinterp.recipe.load import Recipe
 from fastinterp.verification.made_output import MadeOutput, open_output, refuse_numerics
-from fastinterp.verification.models import Given, found_models
+from fastinterp.verification.models import ModelPlaces, found_models
 from fastinterp.verification.recipes import plan_again
 
 
@@ -74,7 +74,7 @@ def replay(
     output: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    models: Given = None,
+    models: ModelPlaces | None = None,
     device: str = "auto",
     threads: int | None = None,
     max_memory: str | int = "512MB",

@@ -103,7 +103,9 @@ MAY_INCLUDE: dict[str, set[str]] = {
     "binding/steps.*": {"binding/steps.h", "binding/parse.h", "checksum.h", "range_cache.h", "steps/*"},
     "binding/range_cache.cpp": {"binding/steps.h", "range_cache.h"},
     "binding/files.cpp": {"binding/steps.h", "cpu/backend.h"},
-    "binding/module.cpp": {"binding/*", "decoder.h", "steps/histogram.h", "memory.h", "pump.h", "cpu/backend.h"},
+    "binding/sums.*": {"binding/sums.h", "binding/parse.h", "cpu/backend.h", "memory.h"},
+    "binding/plain_sums.cpp": {"binding/sums.h", "cpu/backend.h", "memory.h"},
+    "binding/module.cpp": {"binding/*", "decoder.h", "steps/histogram.h", "pump.h", "cpu/backend.h"},
 }
 # What is compiled once per instruction set may share no inline function with the rest: the linker keeps one copy, and
 # that may be the one with AVX-512 in it. So: headers of C and of intrinsics, nothing of the C++ library.
