@@ -274,7 +274,7 @@ def explain(
     quantize: str | None = None,
     methods: Sequence[Method] = (),
 ) -> Explanation:
-    """What `merge` would read, compute and write, from headers. print() shows it, `as_dict` gives plain values.
+    """What `merge` would read, compute and write, from headers. print() shows it, `as_dict()` gives plain values.
 
     Arguments and errors are those of `merge`.
     """
@@ -300,7 +300,7 @@ def merge_adapters(
     """Merge LoRA adapters of one base with each other into an adapter, by a recipe with `out: lora`.
 
     out  a folder, for adapters of peft; a folder or a .safetensors file, for those of kohya and diffusers
-    The other arguments are those of `merge`. How methods become products of low rank: see fastinterp/lora/merge.py.
+    The other arguments are those of `merge`. docs/RECIPES.md has what becomes of ranks, scales and methods.
     Raises: as `merge`; UsageError, if the recipe has no `out: lora`.
     """
     with given(methods):
@@ -325,7 +325,10 @@ def merge_adapter_document(
 
 
 def explain_adapters(recipe: Source, *, methods: Sequence[Method] = ()) -> AdapterExplanation:
-    """What `merge_adapters` would read and write, from headers."""
+    """What `merge_adapters` would read and write, from headers. print() shows it, `as_dict()` gives plain values.
+
+    The arguments and errors are those of `merge_adapters`.
+    """
     from fastinterp.lora.explain import AdapterExplanation
     from fastinterp.lora.plan import plan_adapters
 

@@ -109,6 +109,7 @@ class Comparison:
 
     @property
     def total_of_matrices(self) -> Difference:
+        """Of all matrices as one vector: what tells independent models from related ones, by its cosine."""
         return Difference.total(d for name, d in self.tensors.items() if name not in self.vectors)
 
 
@@ -120,6 +121,10 @@ def compare(
     progress: Progress | bool | None = None,
 ) -> Comparison:
     """Measure b - a for every tensor of two checkpoints, reading every byte once.
+
+    a, b      the checkpoints, in any form that is read
+    threads   None: one per CPU, at most 32. The result does not depend on it
+    progress  as of `merge`
 
     Names of b follow those of a, where a prefix, a wrapper or an older spelling explains all the difference.
     Raises: CheckpointError (ShapeError, if no name is in both), StorageError, BackendError, UsageError.

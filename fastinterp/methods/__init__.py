@@ -139,6 +139,10 @@ class Parameter:
 class Method:
     """A merge method: `fn(n, **parameters)` or `fn(n, tensor, **parameters)`, and what it declares.
 
+    name         as recipes write it
+    fn           the function
+    doc          its docstring: summary, formula, parameters
+    parameters   what recipes may give, one `Parameter` each
     base         "required": input 0 is the base. "optional": it is, if the recipe has one. "none": all inputs are alike
     models       fewest and most inputs, the base included; side-cars are not counted
     generator    whether it is a generator of requests

@@ -53,6 +53,7 @@ class PathPoint:
     relative_change: float | None = None
 
     def mean(self, metric: str) -> float:
+        """Mean of a metric over seeds."""
         return curve.mean(self.samples[metric])
 
     def se(self, metric: str) -> float | None:
@@ -64,8 +65,12 @@ class PathPoint:
 class PathReport:
     """The metrics of a path at all points and seeds, and what rounding did there. Made by `path(...).evaluate`.
 
-    ends  the models by direction; `a` and `b` of a line
-    line  whether the path is a line from a to b: then alpha has an effective value
+    ends    the models by direction; `a` and `b` of a line
+    base    the model that directions start from, or None
+    seeds   as they were given to the function
+    points  one `PathPoint` for each point, in the order of the alphas
+    probabilities   the metrics that are probabilities
+    line    whether the path is a line from a to b: then alpha has an effective value
     """
 
     ends: Mapping[str, str]
@@ -98,10 +103,12 @@ class PathReport:
 
     @property
     def metrics(self) -> tuple[str, ...]:
+        """The names of the metrics."""
         return tuple(self.points[0].samples)
 
     @property
     def directions(self) -> tuple[str, ...]:
+        """The names of the directions: `alpha` alone on a line."""
         return tuple(self.points[0].at)
 
     @cached_property

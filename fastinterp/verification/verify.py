@@ -46,6 +46,7 @@ class Verification:
     of           bytes of all tensors
     unverified   why it was not computed again; empty, if it was, or was not asked for
     notes        for people
+    wall_s       time that it took, seconds
     """
 
     output: str
