@@ -64,7 +64,7 @@ Public names are imported on first use, so that the command line, which needs fe
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastinterp._version import __version__
 
@@ -215,7 +215,7 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    value: object = getattr(import_module(_MODULES.get(name, "fastinterp.errors")), name)
+    value: Any = getattr(import_module(_MODULES.get(name, "fastinterp.errors")), name)
     if hasattr(value, "__metadata__"):  # a type alias, Annotated[type, text]: the text is what help() shows
         value.__doc__, value.__name__ = value.__metadata__[0], name
     globals()[name] = value  # the next use finds it without this function

@@ -17,6 +17,7 @@ from fastinterp.execute.to_files import write_outputs
 from fastinterp.ops.combine import MAX_OUTPUTS
 from fastinterp.paths.points import Point, further_keys, grid, line, point_path
 from fastinterp.plan.plan import Plan, make_plan
+from fastinterp.presence import exists, is_there
 from fastinterp.progress import Progress, callback_of
 from fastinterp.recipe.load import load_recipe
 
@@ -183,7 +184,7 @@ def _recipes(points: Sequence[Point], folder: Path, force: bool) -> list[Point]:
     import yaml
 
     paths = [folder / f"{point.name}.yml" for point in points]
-    existing = [path for path in paths if os.path.lexists(path)]
+    existing = [path for path in paths if is_there(path)]
     if existing and not force:
         raise OutputError(f"{existing[0]} exists already. Add --force (in Python force=True) to replace it")
     done: list[Point] = []
@@ -215,4 +216,4 @@ def _with_absolute_paths(recipe: Mapping[str, Any]) -> dict[str, Any]:
 def _absolute(model: str) -> str:
     """The path of a model from the root of this disk; other names, Hub ids say, as they are."""
     path = os.path.expanduser(model)
-    return os.path.abspath(path) if os.path.exists(path) else model
+    return os.path.abspath(path) if exists(path) else model

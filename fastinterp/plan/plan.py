@@ -29,6 +29,7 @@ from fastinterp.plan.outputs import RECEIPT_KEY, Outputs, commits_of, receipt
 from fastinterp.plan.planned import PlannedTensor
 from fastinterp.plan.single import Document, plan_document
 from fastinterp.plan.vocabularies import AlignedModels
+from fastinterp.presence import is_file
 from fastinterp.recipe.document import Source
 from fastinterp.recipe.load import Recipe, load_recipes
 from fastinterp.recipe.renaming import ShownNames
@@ -174,7 +175,7 @@ class Plan:
         rows = "" if self.aligned.rows is None else counted(self.aligned.rows, "row")
         own = {}
         for name, content in self.aligned.sidecars(self.files.contents(None)).items():
-            old = content_of(root / name) if (root / name).is_file() else b""
+            old = content_of(root / name) if is_file(root / name) else b""
             what = what_differs(old, content_of(content))
             if what is not None:
                 own[name] = rows if name == "tokenizer.json" else what

@@ -165,8 +165,10 @@ def _close(path: str) -> str:
     folder, name = os.path.split(path)
     try:
         known = {os.path.splitext(n)[0]: n for n in os.listdir(folder or ".") if n.endswith((".yml", ".yaml", ".json"))}
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return f": there is no folder '{clipped(folder)}'"
+    except OSError:  # of a folder whose names may not be read
+        return ""
     close = difflib.get_close_matches(os.path.splitext(name)[0], known, n=1)
     return f". Did you mean '{clipped(os.path.join(folder, known[close[0]]))}'?" if close else ""
 

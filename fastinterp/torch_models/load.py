@@ -18,6 +18,7 @@ from fastinterp.in_memory.allocate import Framework, maker, torch_dtype
 from fastinterp.paths.points import Point
 from fastinterp.plan.plan import Plan, plan_recipe
 from fastinterp.plan.planned import PlannedTensor
+from fastinterp.presence import is_folder
 from fastinterp.recipe.document import Source
 from fastinterp.torch_models.module_tensors import (
     Mismatches,
@@ -27,6 +28,7 @@ from fastinterp.torch_models.module_tensors import (
     is_extra_state,
     tied_error,
     weights_of,
+    with_versions,
 )
 
 Places = dict[str, tuple[int, int]]  # tensor name -> address, bytes
@@ -130,7 +132,7 @@ def load_into(
         else:
             _fill(plan, on_cpu, threads, scratch_bytes)
     finally:
-        increment_versions(weights)
+        increment_versions(with_versions(weights))
 
 
 def _check_module(module: Any, recipe: Any) -> None:
@@ -160,7 +162,7 @@ def _recipe(source: Source | Point) -> str | Mapping[str, Any] | Sequence[Mappin
     if isinstance(source, (Mapping, list, tuple)) or (isinstance(source, str) and "\n" in source):
         return source
     path = path_of(source, "recipe")
-    if os.path.isdir(os.path.expanduser(path)) or path.endswith((WEIGHTS, INDEX, *PICKLES)):
+    if is_folder(os.path.expanduser(path)) or path.endswith((WEIGHTS, INDEX, *PICKLES)):
         return {"merge_method": "passthrough", "models": [{"model": path}]}
     return path
 

@@ -11,6 +11,7 @@ from fastinterp.checkpoint import hub
 from fastinterp.checkpoint.names import quote, shell_word
 from fastinterp.errors import CheckpointError, UsageError
 from fastinterp.messages import listed, suggestion
+from fastinterp.presence import is_folder
 from fastinterp.verification.made_output import MadeOutput
 from fastinterp.verification.recipes import named_paths
 
@@ -72,7 +73,7 @@ def _split(given: ModelPlaces | None, wanted: Sequence[str]) -> tuple[dict[str, 
     folders = []
     for item in every:
         folder = Path(os.path.expanduser(item))
-        if not folder.is_dir():
+        if not is_folder(folder):
             name = item.partition("=")[0]
             hint = f"the receipt names no model {quote(name)}{suggestion(name, wanted)}" if "=" in item else "no folder"
             raise UsageError(f"{quote(item)}: {hint}. The models are {listed(wanted, 8)}")

@@ -28,7 +28,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 def rows(page: str) -> dict[str, str]:
-    """What others write -> what is written here: the first code of each cell of the first table, or its text."""
+    """What others have -> what is written here: of each cell of a page's first table the first code, or its text."""
     table = re.search(
         r"^\| if you use \| write \|\n\|---\|---\|\n((?:\|.*\n)+)", (DOCS / page).read_text("utf-8"), re.M
     )
