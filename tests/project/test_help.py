@@ -46,7 +46,7 @@ def explained(function: str, argument: str) -> bool:
 
 def members(cls: type) -> dict[str, Any]:
     """The methods and properties of a class of this package that a user sees."""
-    found = {}
+    found: dict[str, Any] = {}
     for base in cls.__mro__:
         if base.__module__.startswith("fastinterp"):
             found |= {n: v for n, v in vars(base).items() if not n.startswith("_") and n not in found}
@@ -105,7 +105,7 @@ def test_errors_state_their_exit_code(name):
 @pytest.mark.parametrize("name", ALIASES)
 def test_help_shows_the_text_of_an_alias(name):
     """Not that of `Annotated`."""
-    shown = pydoc.render_doc(PUBLIC[name], renderer=pydoc.plaintext)
+    shown = pydoc.render_doc(PUBLIC[name], renderer=pydoc.plaintext)  # type: ignore[attr-defined]  # typeshed lacks it
     assert f"{name} = " in shown
     first = PUBLIC[name].__metadata__[0].strip().splitlines()[0]
     assert first in shown and len(first) > 20
