@@ -75,7 +75,9 @@ class Difference:
 class Comparison:
     """The differences of two checkpoints.
 
-    tensors     of the tensors that both have, of the same shape and of dtypes that are merged
+    tensors     name -> difference of each tensor that both have, of the same shape and of a dtype that is merged. Its
+                attributes: numel; changed, elements that differ; norm_a, |a|; norm_delta, |b - a|; relative, |b - a| /
+                |a|; cosine of a and b; changed_fraction
     only_a      names of tensors that b lacks
     only_b      names of tensors that a lacks
     shapes      names of tensors whose shapes differ

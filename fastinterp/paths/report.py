@@ -306,7 +306,8 @@ class PathReport:
     def plot(self, file: str | os.PathLike[str] | None = None, metrics: Sequence[str] | None = None) -> Any:
         """Draw the metrics: curves along one direction, heat maps over two. Returns the figure of matplotlib.
 
-        file  where it is written, as .png, .svg or .pdf; None: it is only returned, for a notebook or further drawing
+        file     where it is written, as .png, .svg or .pdf; None: it is only returned, as for a notebook
+        metrics  those that are drawn; None: all
 
         Raises: UsageError, if there is no matplotlib or nothing to draw; StorageError.
         """
@@ -315,7 +316,7 @@ class PathReport:
         return plot_report(self, file, metrics)
 
     def check_metric(self, metric: str) -> None:
-        """Raises: UsageError, if there is no such metric."""
+        """Does nothing, if there is such a metric. Raises: UsageError, if there is none."""
         if metric not in self.metrics:
             raise UsageError(f"no metric is called {metric!r}. Known: {', '.join(self.metrics)}")
 

@@ -37,8 +37,9 @@ class Verification:
     """What became of a verification.
 
     output       as it was named
-    findings     files that are not what the receipt says
-    differences  tensors that are not what the recipe gives, of those that were computed again
+    findings     files that are not what the receipt says; each has file, what and tensors
+    differences  tensors that are not what the recipe gives, of those that were computed again; each has file, tensor,
+                 element (the first that differs), elements (how many do) and compared
     files        number of files that were compared with checksums
     nbytes       bytes of these
     recomputed   bytes of the output that were computed again

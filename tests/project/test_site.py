@@ -89,6 +89,15 @@ def test_every_method_and_command_has_a_section(pages):
     assert [n for n in names if len(pages["commands.html"].sections.get(n, "")) < 100] == []
 
 
+def test_marks_of_docstrings_are_shown_as_they_are(pages):
+    """No backslash is left of those that keep Markdown from reading them."""
+    made = ("api", "integrations-api", "methods-api", "method-reference", "commands")
+    text = "\n".join(text for name in made for text in pages[f"{name}.html"].sections.values())
+    assert re.findall(r".{0,30}\\[*_<>|#\[\]].{0,30}", text) == []
+    joined = re.sub(r"\s", "", text)
+    assert "<v_i,v_j>" in joined and "a,b={" in joined and "{'w':array(" in joined
+
+
 def test_every_page_is_in_the_navigation(pages):
     sources = {f"{path.stem}.html" for path in (ROOT / "docs").glob("*.md")}
     sources |= {"CONTRIBUTING.html", "SECURITY.html", "CHANGELOG.html", "index.html"}
