@@ -65,6 +65,13 @@ def merge_tensors(
     no gradients: methods with them are an error, unless under torch.no_grad().
     Returns a new tensor of the same library.
     Raises: UsageError, MethodError (one of them), ShapeError, BackendError.
+
+    >>> import fastinterp, numpy
+    >>> x, y = numpy.float32([1, 2]), numpy.float32([3, 5])
+    >>> fastinterp.merge_tensors([x, y], "linear", parameters={"weight": [0.75, 0.25]})
+    array([1.5 , 2.75], dtype=float32)
+    >>> fastinterp.merge_tensors([y], "task_arithmetic", base=x, parameters={"weight": 0.5})
+    array([2. , 3.5], dtype=float32)
     """
     models = _listed(tensors, "tensors")
     name = text(name, "`name`")
@@ -106,6 +113,11 @@ def merge_state_dicts(
     device, that integer tensors are equal is waited for.
     Raises: UsageError, MethodError (one of them), ShapeError, BackendError; CheckpointError, if one is an adapter, or
     if weights are quantised: codes and scales are only copied, and must be equal in all state dicts.
+
+    >>> import fastinterp, numpy
+    >>> a, b = {"w": numpy.float32([1, 2])}, {"w": numpy.float32([3, 5])}
+    >>> fastinterp.merge_state_dicts([a, b], "linear", parameters={"weight": [0.75, 0.25]})
+    {'w': array([1.5 , 2.75], dtype=float32)}
     """
     models = _listed(state_dicts, "state_dicts")
     labels = [*([] if base is None else ["base"]), *(f"state dict {i}" for i in range(len(models)))]

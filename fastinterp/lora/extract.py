@@ -94,7 +94,7 @@ def extract_lora(
 
     The change of one module at a time is in memory, float32, as are blocks of it: for an m x n weight 4 m n bytes, and
     8 (rank + 16) (m + n) bytes a few times. What is stored whole is streamed. The randomised decomposition reads
-    the change 6 times (16 further columns, 2 power iterations): see algebra.py.
+    the change 6 times (16 further columns, 2 power iterations).
     Raises: UsageError, CheckpointError (ShapeError, if the two differ in their tensors), StorageError, OutputError.
     """
     start, shown = time.perf_counter(), callback_of(progress)

@@ -107,6 +107,8 @@ def load_into(
 ) -> None:
     """Write a merged model into the parameters and buffers of a torch module, on any devices.
 
+    module   a torch module; its parameters and floating buffers are overwritten in place
+    recipe   as of `load`
     layers   only tensors whose names match this pattern, or one of several, as `model.layers.1?.*`; None: all
 
     Each merged tensor is rounded once, to the dtype that the module has. Names, shapes and kinds are checked before

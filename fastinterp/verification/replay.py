@@ -49,6 +49,7 @@ class Replay(msgspec.Struct, frozen=True):
 
     @property
     def exit_code(self) -> int:
+        """0 the same bytes; 1 others."""
         return 0 if self.same else 1
 
     def as_dict(self) -> dict[str, Any]:
