@@ -181,7 +181,7 @@ neon: ## cross-compile the kernels for aarch64 and test them under qemu-user
 	@tests/numerics/neon/run.sh
 
 cuda-check: $(VENV)/.built ## compile the CUDA kernels for every architecture, and look at what became of them
-	@FASTINTERP_REQUIRE=nvcc $(PY) -m pytest tests/devices/cuda/test_cuda_compile.py
+	@FASTINTERP_REQUIRE=nvcc FASTINTERP_CUDA_ARCHITECTURES=75,80,90,100,120 $(PY) -m pytest tests/devices/cuda/test_cuda_compile.py
 
 gpu-test: $(VENV)/.built ## on a machine with a GPU: the same bytes everywhere, no bad access, no race
 	@ONLY=tests PYTHON="$(CURDIR)/$(PY)" benchmarks/gpu.sh
