@@ -121,9 +121,8 @@ def main() -> None:
             own = seconds([merge])
         for name, curls in zip(ratios, took, strict=True):
             ratios[name].append(curls / own)
-        print(
-            f"curl {took[0]:.2f} s into files, {took[1]:.2f} s into nothing; merge {own:.2f} s; load {os.getloadavg()[0]:.1f}"
-        )
+        load = os.getloadavg()[0]
+        print(f"curl {took[0]:.2f} s into files, {took[1]:.2f} s into nothing; merge {own:.2f} s; load {load:.1f}")
     for name, found in ratios.items():
         print(f"rate of the merge relative to curl {name}: {statistics.median(found):.2f}")
 

@@ -23,6 +23,7 @@ from fastinterp.checkpoint.names import listing, names_weights
 from fastinterp.checkpoint.url_store import FsspecStore, Store, There
 from fastinterp.errors import CheckpointError, OutputError, StorageError
 from fastinterp.messages import counted, size, tell
+from fastinterp.presence import exists, is_folder
 from fastinterp.urls import full, scheme_of
 
 _AT_ONCE = 16  # files that are asked for at the same time
@@ -61,7 +62,7 @@ class Site:
                 name = f"{folder}/{base}" if folder else base
                 if there.folder or not hub.is_safe(name):
                     continue
-                if hub.is_small(name, there.size) and not (self.root / name).exists():
+                if hub.is_small(name, there.size) and not exists(self.root / name):
                     small[name] = there
                 elif any(fnmatchcase(base, p) for p in weights) and not remote.exists(self.root / name):
                     heavy[name] = there
@@ -104,7 +105,7 @@ class Site:
         assert self.store is not None
         for name in names:
             folder, _, base = name.rpartition("/")
-            if hub.is_safe(name) and base in self._listed(folder) and not (self.root / name).exists():
+            if hub.is_safe(name) and base in self._listed(folder) and not exists(self.root / name):
                 _write(self.root / name, self.store.read(name))
 
     def _listed(self, folder: str) -> Mapping[str, There]:
@@ -193,7 +194,7 @@ _folders: list[str] = []
 
 def _new_folder() -> Path:
     """A new folder, which goes when the program ends."""
-    if not _folders or not os.path.isdir(_folders[-1]):
+    if not _folders or not is_folder(_folders[-1]):
         home = tempfile.mkdtemp(prefix="fastinterp-")
         _folders.append(home)
         owner = os.getpid()

@@ -32,7 +32,8 @@ def upload(output: str, address: str, force: bool, quiet: bool, as_json: bool) -
     from fastinterp.checkpoint.names import names_file, shell_word
     from fastinterp.checkpoint.open import open_checkpoint
     from fastinterp.messages import counted, plain, size
-    from fastinterp.output.url_upload import Destination
+    from fastinterp.output.url_upload import Destination, files_of
+    from fastinterp.presence import is_folder
     from fastinterp.urls import is_url, scheme_of
 
     options.refuse_ranks("upload")
@@ -45,14 +46,13 @@ def upload(output: str, address: str, force: bool, quiet: bool, as_json: bool) -
         raise UsageError(f"{output} is an address. Name a folder or a file that is here")
     open_checkpoint(output)  # it is one, and complete
     local = Path(os.path.expanduser(output))
-    if local.is_dir() and names_file(address):
+    if is_folder(local) and names_file(address):
         raise UsageError(f"{output} is a folder, and {address} the name of a file. Name a folder there")
-    if local.is_file() and not names_file(address):
+    if not is_folder(local) and not names_file(address):
         address = f"{address.rstrip('/')}/{local.name}"
     to = Destination(address, force)
     nbytes = to.upload(local)
     if as_json:
         options.say_json({"output": to.url, "bytes": nbytes})
     elif not quiet:
-        files = 1 if local.is_file() else sum(path.is_file() for path in local.rglob("*"))
-        options.say(plain(f"{to.url}: {counted(files, 'file')}, {size(nbytes)}"))
+        options.say(plain(f"{to.url}: {counted(len(files_of(local)), 'file')}, {size(nbytes)}"))

@@ -20,6 +20,7 @@ from fastinterp.checkpoint.names import listing, names_file, names_weights, shel
 from fastinterp.checkpoint.sidecar_files import CONFIG
 from fastinterp.errors import CheckpointError, FastinterpError, OutputError, StorageError, UsageError
 from fastinterp.messages import counted, size, tell
+from fastinterp.presence import is_folder, walk
 from fastinterp.urls import full, scheme_of
 
 if TYPE_CHECKING:
@@ -29,6 +30,13 @@ _AT_ONCE = 4  # files that are uploaded at the same time
 # Stores of objects: a file appears when it is complete. In others it is uploaded under another name, and renamed.
 _OBJECTS = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "oci", "memory")
 _LAST = (CONFIG, "model_index.json", "modules.json", "adapter_config.json")
+
+
+def files_of(local: Path) -> list[Path]:
+    """The files of an output here, which may be one itself. Raises: OSError."""
+    if not is_folder(local):
+        return [local]
+    return sorted(Path(folder, name) for folder, _, names in walk(local) for name in names)
 
 
 class Destination:
@@ -159,11 +167,11 @@ class Destination:
 
     def upload(self, local: Path) -> int:
         """Upload a folder or a file. Returns the bytes. Raises: OutputError."""
-        every = [local] if local.is_file() else sorted(path for path in local.rglob("*") if path.is_file())
+        every = files_of(local)
         names = {path: path.relative_to(local).as_posix() if path != local else "" for path in every}
         total = sum(path.stat().st_size for path in every)
         tell(f"{self.url}: uploading {counted(len(every), 'file')}, {size(total)}")
-        if self._force and not local.is_file():
+        if self._force and is_folder(local):
             self._remove_older({name.partition("/")[0] if "/" in name else "" for name in names.values()})
         last = [path for path in every if path.name in _LAST or path.name.endswith(".index.json")]
         heavy = [path for path in every if path not in last and names_weights(path.name)]
