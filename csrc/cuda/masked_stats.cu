@@ -69,7 +69,6 @@ struct Sums {
   template <class T>
   FI_HD void add(const T* d, uint64_t bits, int first) {
     const bool several = (bits & (bits - 1)) != 0;
-#pragma unroll
     for (int t = 0; t < kDeltas; ++t) {
       const double wide = double(d[t]), size = __builtin_fabs(wide);
       sum[t] += size;

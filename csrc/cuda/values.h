@@ -18,11 +18,12 @@ struct Raw {
   uint32_t w[kWords] = {};
 };
 
-// Loads a unit whose elements all exist, if `wanted`; its address is a multiple of 16, or of the unit's size if that is
-// less. No branch: loads of several inputs are in flight together.
+// Loads a unit whose elements all exist, if `wanted`, else zeros. Its address is a multiple of 16, or of the unit's
+// size if that is less. No branch: loads of several inputs are in flight together.
 template <class T, int kSame>
 FI_DEVICE void load_unit(DType dtype, const void* x, int64_t i, bool wanted, Raw<T, kSame>* to) {
   constexpr int kWords = Raw<T, kSame>::kWords;
+  *to = Raw<T, kSame>();
   if constexpr (kSame != kAnyDType) {
     const char* const at = static_cast<const char*>(x) + i * (kWords / 2);
     if constexpr (kWords == 2)

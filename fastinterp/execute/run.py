@@ -269,8 +269,9 @@ def window_beside(plan: Plan, devices: Sequence[Device], threads: int | None, ma
 
     Raises: UsageError, if `max_memory` is too little for all of that.
     """
-    most = max_memory - _device_bytes(devices, max_memory) - _stream_bytes(plan, max_memory)
-    return make_window(plan, cpu_threads(threads), most)
+    count = cpu_threads(threads)
+    most = max_memory - _device_bytes(devices, max_memory, count) - _stream_bytes(plan, max_memory)
+    return make_window(plan, count, most)
 
 
 def _stream_bytes(plan: Plan, max_memory: int) -> int:
@@ -278,13 +279,13 @@ def _stream_bytes(plan: Plan, max_memory: int) -> int:
     return max_memory // 2 if plan.streamed else 0
 
 
-def _device_bytes(devices: Sequence[Device], max_memory: int) -> int:
+def _device_bytes(devices: Sequence[Device], max_memory: int, threads: int) -> int:
     """Bytes of `max_memory` for the buffers of the devices."""
     if not devices:
         return 0
     from fastinterp.execute.device.executor import device_window
 
-    return device_window(max_memory, len(devices))
+    return device_window(max_memory, len(devices), threads)
 
 
 def _scratch(plan: Plan, sources: Sources, sinks: Sinks, stack: ExitStack, folder: Path | None) -> ScratchFile:

@@ -17,7 +17,7 @@ from fastinterp.backends import torch_device as resident_devices
 from fastinterp.backends.registry import DeviceSpec, device_spec, find_devices
 from fastinterp.errors import BackendError, RecipeError, UsageError
 from fastinterp.execute import device_choice
-from fastinterp.execute.device.executor import SLOT_BYTES, SLOTS
+from fastinterp.execute.device.executor import SLOT_BYTES, SLOTS, device_window, slots_of
 from fastinterp.execute.rounds import DeviceUsage, PumpExecutor
 from fastinterp.inspect.explain import Explanation
 from fastinterp.ops.dtypes import BF16
@@ -179,6 +179,13 @@ def test_the_estimate_follows_its_constants(tmp_path, driver):
     assert choice.cpu_s == pytest.approx(copies + 3 * device_choice.PLAIN_NS)
     start = device_choice.CONTEXT_S + SLOTS * SLOT_BYTES / device_choice.PIN_GB_S / 1e9
     assert choice.device_s == pytest.approx(start + copies)
+
+
+def test_more_threads_have_more_slots():
+    """A thread that reads or writes has one of its own, as far as half of --max-memory allows."""
+    assert [slots_of(n) for n in (1, 8, 16, 24, 32, 64)] == [8, 8, 12, 18, 24, 24]
+    assert device_window(1 << 40, 2, 64) == 2 * 24 * SLOT_BYTES
+    assert device_window(1 << 28, 2, 64) == 1 << 27
 
 
 def test_explain_says_what_auto_would_choose(tmp_path, driver, monkeypatch):

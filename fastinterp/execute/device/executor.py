@@ -14,7 +14,7 @@ from fastinterp.backends.cpu import Progress, PumpOptions, SinkHandle, SourceHan
 from fastinterp.backends.device import Device
 from fastinterp.errors import UsageError
 from fastinterp.execute.device.batches import Part, Work, batches
-from fastinterp.execute.device.worker import LEAST_SLOT, Files, Worker
+from fastinterp.execute.device.worker import LEAST_SLOT, Files, Worker, copiers
 from fastinterp.execute.jobs.job import Result
 from fastinterp.execute.jobs.tensor_io import TensorStep
 from fastinterp.execute.rounds import DeviceUsage, PumpExecutor
@@ -22,20 +22,27 @@ from fastinterp.messages import size
 from fastinterp.ops.operands import Stored
 from fastinterp.ops.steps import Combine, CopyEqual, Histogram, MaskedSum, Step
 
-# Of each device. Shorter slots take more time in Python than on the bus (tried: 4, 8, 16, 32 MiB); longer ones take
-# longer to lock in memory.
+# Of each device; with many threads it has more of them. Shorter ones take more time in Python than on the bus (tried:
+# 4, 8, 16, 32 MiB); longer ones take longer to lock in memory.
 SLOTS, SLOT_BYTES = 8, 16 << 20
 _LEAST_BATCH = 4 << 20  # bytes: smaller amounts of work are not divided any further
 _TICK_S = 0.1
 _SAMPLES, _LEFT, _STREAMED = "samples of magnitudes", "left by a device that failed", "inputs that are streamed"
 
 
-def device_window(max_memory: int, devices: int) -> int:
+def slots_of(threads: int) -> int:
+    """The number of slots of a device with so many threads: one for each that reads or writes, and no fewer than 8."""
+    return max(SLOTS, sum(copiers(threads)))
+
+
+def device_window(max_memory: int, devices: int, threads: int) -> int:
     """Bytes of host memory for the slots of all devices: half of the limit, or as much as they need.
+
+    threads  number of threads of all devices together
 
     Raises: UsageError, if that is too little for the smallest slots.
     """
-    window = min(max_memory // 2, devices * SLOTS * SLOT_BYTES)
+    window = min(max_memory // 2, devices * slots_of(threads // devices) * SLOT_BYTES)
     if window < devices * 2 * LEAST_SLOT:
         raise UsageError(
             f"--max-memory allows {max_memory} bytes, but merging on accelerators takes at least "
@@ -65,12 +72,12 @@ class DeviceExecutor(PumpExecutor):
         *,
         or_cpu: bool = False,
     ):
-        window = device_window(max_memory, len(devices))
+        window = device_window(max_memory, len(devices), options.threads)
         super().__init__(sources, sinks, options, explained, total, progress, max_memory - window)
         files = Files(sources, sinks, options)
         threads, each = options.threads // len(devices), window // len(devices)
         slot = max(LEAST_SLOT, min(SLOT_BYTES, each // SLOTS))
-        self._workers = [Worker(device, each, slot, SLOTS, threads, files) for device in devices]
+        self._workers = [Worker(device, each, slot, slots_of(threads), threads, files) for device in devices]
         self._window, self._or_cpu = each, or_cpu
         self._on_cpu: dict[str, set[str]] = {}  # reason -> names of the tensors that the CPU computes
         self._work = Work((), 0)  # of the current round
