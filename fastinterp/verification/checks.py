@@ -14,6 +14,7 @@ from fastinterp.checkpoint.checksum import stated_checksum
 from fastinterp.checkpoint.file_kinds import read_header
 from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.regular_file import pieces_of
+from fastinterp.checkpoint.remote import opened, read_up_to
 from fastinterp.errors import CheckpointError
 from fastinterp.execute.checksums import small_file
 from fastinterp.execute.sources import storage
@@ -156,8 +157,8 @@ def _check_small(path: Path, name: str, receipt: SmallFile) -> list[Finding]:
 
 
 def _head(path: Path, size: int) -> bytes:
-    with storage(path), open(path, "rb") as stream:
-        return stream.read(size)
+    with opened(str(path)) as file:
+        return read_up_to(file, path, 0, size)
 
 
 def _holes(path: Path, start: int, size: int) -> str:

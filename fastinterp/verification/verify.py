@@ -13,7 +13,8 @@ from fastinterp.arguments import path_of, size_of
 from fastinterp.backends.cpu import Progress
 from fastinterp.checkpoint.checksum import UNKNOWN
 from fastinterp.checkpoint.file_kinds import read_header
-from fastinterp.errors import CheckpointError, ShapeError, StorageError, UsageError
+from fastinterp.checkpoint.remote import opened, read_up_to
+from fastinterp.errors import CheckpointError, ShapeError, StorageError, UnreadableError, UsageError
 from fastinterp.messages import counted, listed, plain, seconds, size
 from fastinterp.methods import Method, given
 from fastinterp.output.receipt import RECEIPT
@@ -250,11 +251,13 @@ def _places(plan: Plan, made: MadeOutput) -> tuple[dict[str, Place], list[Findin
         path = made.path if made.file else made.folder / file.name
         try:
             header = read_header(path, 0)
+        except UnreadableError:
+            raise
         except CheckpointError as error:
             findings.append(Finding(file.name, str(error)))
             continue
-        with open(path, "rb") as stream:
-            own = stream.read(len(file.header))
+        with opened(str(path)) as stream:
+            own = read_up_to(stream, path, 0, len(file.header))
         at, length = file.checksum_at, len(UNKNOWN)
         if at is not None:
             own = own[:at] + file.header[at : at + length] + own[at + length :]
