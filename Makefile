@@ -132,7 +132,7 @@ demo: $(DEMO_VENV)/.installed ## build, install without torch, merge small model
 	@echo '  $$ fastinterp interpolate chat code out/path --alpha 0:1:0.25'
 
 # Not --quiet, which would hide warnings from --strict. The theme prints an advertisement unless it is told not to.
-docs: $(VENV)/.built ## the documentation as a site, into build/site: open build/site/index.html; warnings and dead links are errors
+docs: $(VENV)/.built ## the documentation as a site, into build/site: python3 -m http.server -d build/site shows it; warnings and dead links are errors
 	@$(PY) -c "import material" 2> /dev/null || { echo "fastinterp: the tools for the site need Python 3.11.5 or newer" >&2; exit 1; }
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
