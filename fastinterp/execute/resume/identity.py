@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
 from pathlib import Path
 from types import CodeType
 
@@ -13,7 +12,7 @@ import msgspec
 from fastinterp._version import __version__
 from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.checkpoint.regular_file import stamp_of
-from fastinterp.checkpoint.remote import open_readable, read_up_to
+from fastinterp.checkpoint.remote import opened, read_up_to
 from fastinterp.messages import listed
 from fastinterp.methods import is_own
 from fastinterp.ops.combine import NUMERICS
@@ -150,7 +149,7 @@ def _with_adapters(checkpoints: Iterable[Checkpoint | None]) -> list[Checkpoint]
 
 def _header(path: Path, size: int) -> str:
     """A hash of the header of a file of weights."""
-    with closing(open_readable(str(path))) as file:
+    with opened(str(path)) as file:
         start = read_up_to(file, path, 0, 8)
         length = int.from_bytes(start, "little") if path.name.endswith(".safetensors") else _START
         return _hashed([start, read_up_to(file, path, 8, min(length, size))])
