@@ -49,10 +49,12 @@ class Sources:
         scratch: Path | None = None,
         stream_bytes: int = 0,
     ):
-        every: dict[Hashable, TensorInput] = {}
+        every: dict[Hashable, TensorInput] = {}  # but for plain ones, of which a model may have very many
         needed: dict[Path, None] = {}
         for tensor in inputs:
-            if (files := tensor.files) and (key := tensor.key) not in every:
+            if not stream_bytes and (plain := tensor.plain) is not None:
+                needed[plain.path] = None
+            elif (files := tensor.files) and (key := tensor.key) not in every:
                 every[key] = tensor
                 needed.update(dict.fromkeys(files))
         elsewhere = [path for path in needed if remote.find(path)] if stream_bytes else []
@@ -77,7 +79,8 @@ class Sources:
             self._number[path] = self.add(fd, path)
         self._operands: dict[Hashable, Operand] = {}
         for key, tensor in every.items():
-            self._operands[key] = tensor.open(self)
+            if tensor.plain is None:
+                self._operands[key] = tensor.open(self)
 
     @property
     def fds(self) -> list[int]:
@@ -92,7 +95,8 @@ class Sources:
 
     def operand(self, tensor: TensorInput) -> Operand:
         """The operand of one of the inputs, in the form that the pump takes."""
-        return self._operands[tensor.key]
+        plain = tensor.plain
+        return self._operands[tensor.key] if plain is None else self.stored(plain)
 
     def stored(self, tensor: StoredInput) -> Stored:
         number, code, encoding = self._number[tensor.path], tensor.dtype.kernel_code, tensor.encoding

@@ -84,7 +84,7 @@ class LowRank(msgspec.Struct, frozen=True):
     changes: tuple[Product | ReplacedRows, ...]
 
 
-class Stored(msgspec.Struct, frozen=True):
+class Stored(msgspec.Struct, frozen=True, gc=False):
     """An operand whose elements lie one behind the other in one source.
 
     source    number of the source
