@@ -82,7 +82,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, seed in (("a", 1), ("c", 2)):
         rng = np.random.default_rng(seed)
         save(folders["large"] / name, {f"t{i}": rng.normal(size=(64, 300)).astype(np.float32) for i in range(8)})
-        both = {"w": rng.normal(size=(4, 8)).astype(np.float32), "i": np.arange(16)}
+        both: dict[str, Any] = {"w": rng.normal(size=(4, 8)).astype(np.float32), "i": np.arange(16)}
         save(folders["integers"] / name, {f"{kind}{i}": tensor for i in range(3) for kind, tensor in both.items()})
     form = quantised_models.FORMS["blocks"]
     quantised_models.saved(folders["encoded"], form, quantised_models.family(form, 2))
@@ -234,6 +234,7 @@ def test_notes_that_do_not_fit_the_output_are_one_line_and_the_remedy_works(case
     unfinished(case)
     (path,) = (case.folder / "killed").glob(".fastinterp*")
     journal = take_over(path)
+    assert journal is not None
     journal.append("round", Round(0, tensors=(0,)))
     journal.close()
     again = case.run("killed")
