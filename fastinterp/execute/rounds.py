@@ -8,7 +8,7 @@ comes from the page cache. Where no method makes requests, all tensors are one r
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as changed
 from typing import TYPE_CHECKING, Any, Protocol
@@ -101,6 +101,8 @@ class PumpExecutor:
         most: int = 512_000_000,
     ):
         self.most = most
+        # Groups of steps, each while the files are open that it reads: see Sources.turns.
+        self.turns: Callable[[Sequence[TensorStep]], Iterable[Sequence[TensorStep]]] = lambda steps: [steps]
         self._sources, self._sinks, self._options, self._explained = sources, sinks, options, explained
         self._total, self._reported, self._progress = total, 0, progress
         self.bytes_read = self.bytes_written = self.rounds = self.scratch_bytes = 0
@@ -114,10 +116,14 @@ class PumpExecutor:
         return min(HELD_BYTES, self.most // 4)
 
     def run(self, steps: Sequence[TensorStep]) -> list[Result]:
-        """Run steps in one pump. Ends all threads before it returns or raises, KeyboardInterrupt included.
+        """Run steps. Ends all threads before it returns or raises, KeyboardInterrupt included.
 
         Raises: UsageError, if even one thread needs more memory than is allowed.
         """
+        return [result for some in self.turns(steps) for result in self._run(some)]
+
+    def _run(self, steps: Sequence[TensorStep]) -> list[Result]:
+        """The same, in one pump."""
         pump = self._pump(steps)
         before = self.bytes_read + self.bytes_written
         watch(pump, sum(step.nbytes for step in steps), self._progress_from(before))

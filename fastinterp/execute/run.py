@@ -205,7 +205,9 @@ def opened(
     window = make_window(plan, cpu_threads(threads), most)
     with ExitStack() as stack:
         inputs = (tensor for stage in plan.stages for tensor in stage.inputs)
-        sources = Sources(plan.checkpoints, inputs, stack, sinks.files, sinks.scratch, stream_bytes)
+        sources = Sources(
+            plan.checkpoints, inputs, stack, sinks.files, sinks.scratch, stream_bytes, in_turns=not devices
+        )
         sinks.open(stack, isa)
         recipe = plan.recipes[0]
         scratch = _scratch(plan, sources, sinks, stack, sinks.scratch) if plan.stages is not plan.tensors else None
@@ -230,6 +232,8 @@ def opened(
             executor: PumpExecutor = stack.enter_context(closing(DeviceExecutor(devices, *where)))
         else:
             executor = PumpExecutor(*where)
+            if sources.in_turns:
+                executor.turns = sources.turns
         yield Run(plan, sources, sinks, isa, window.threads, executor, scratch)
 
 
