@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fastinterp.arguments import numbers, optional_size, overridden, path_of, size_of, without_recipe
+from fastinterp.arguments import Checkpoint, numbers, optional_size, overridden, path_of, size_of, without_recipe
 from fastinterp.checkpoint import hub, remote
 from fastinterp.checkpoint.names import is_plain, names_file
 from fastinterp.errors import UsageError
@@ -16,8 +16,9 @@ from fastinterp.methods import Method, given
 from fastinterp.ops.combine import MAX_OUTPUTS, MAX_POINTS
 from fastinterp.paths.average import average_of
 from fastinterp.paths.points import further_keys, point_name, point_path, point_recipe
-from fastinterp.plan.plan import Source, documents, make_plan, plan_documents
+from fastinterp.plan.plan import documents, make_plan, plan_documents
 from fastinterp.progress import Progress, callback_of
+from fastinterp.recipe.document import Source
 from fastinterp.recipe.load import Recipe, load_recipes
 
 if TYPE_CHECKING:
@@ -73,8 +74,8 @@ def merge(
     methods         merge methods of your own, which the recipe may name: functions below `fastinterp.methods.method`
     keep_intermediates  a folder: the other documents are written, too, each into a folder of its name there
 
-    The output appears when it is complete, or not at all. Of a run that was killed, the same call goes on with what is
-    finished: see docs/RECIPES.md.
+    The output appears when it is complete, or not at all. After a run that was killed, the same call goes on with
+    what is finished: docs/RECIPES.md, "Runs that are stopped".
     Raises: RecipeError, CheckpointError, ShapeError, OutputError, StorageError, BackendError, UsageError.
     """
     with given(methods):
@@ -138,13 +139,13 @@ def _folder_name(document: str | None) -> str:
 
 @without_recipe
 def interpolate(
-    a: str | os.PathLike[str],
-    b: str | os.PathLike[str],
+    a: Checkpoint,
+    b: Checkpoint,
     alphas: float | Sequence[float],
     out: str | os.PathLike[str],
     *,
-    base: str | os.PathLike[str] | None = None,
-    integers: str | os.PathLike[str] | None = None,
+    base: Checkpoint | None = None,
+    integers: Checkpoint | None = None,
     tokenizer_source: str | os.PathLike[str] | None = None,
     device: str = "auto",
     threads: int | None = None,
@@ -165,13 +166,13 @@ def interpolate(
 ) -> list[Report]:
     """Interpolate between checkpoints `a` (alpha 0) and `b` (alpha 1), or extrapolate: out = a + alpha * (b - a).
 
-    alphas   finite numbers, at most 4096. One: `out` is the output. Several: `out/alpha_0.3` and so on (of the file
-             `x.safetensors`: `x_alpha_0.3.safetensors`), 256 from each read of the inputs. Numbers within rounding of 0
-             and 1 become those
-    base     the task-vector form: out = base + (1 - alpha) * (a - base) + alpha * (b - base)
-    integers the checkpoint whose integer tensors are copied; None: they must be equal
+    alphas    finite numbers, at most 4096. One: `out` is the output. Several: `out/alpha_0.3` and so on (of the file
+              `x.safetensors`: `x_alpha_0.3.safetensors`), 256 from each read of the inputs. Numbers within rounding of
+              0 and 1 become those
+    base      the task-vector form: out = base + (1 - alpha) * (a - base) + alpha * (b - base)
+    integers  the checkpoint whose integer tensors are copied; None: they must be equal
     tokenizer_source  "union", "base" (`base`, else `a`) or a checkpoint: the vocabulary of the outputs
-    missing, channels, quantize as the keys of recipes
+    missing, channels, quantize   as the keys of recipes
 
     Alpha 0 and 1 give the bytes of `a` and `b`. The other arguments and errors are those of `merge`.
     """
@@ -212,7 +213,7 @@ def interpolate(
 
 @without_recipe
 def average(
-    checkpoints: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    checkpoints: Checkpoint | Iterable[Checkpoint],
     out: str | os.PathLike[str],
     *,
     weights: str = "uniform",
@@ -273,7 +274,7 @@ def explain(
     quantize: str | None = None,
     methods: Sequence[Method] = (),
 ) -> Explanation:
-    """What `merge` would read, compute and write, from headers. print() shows it, `as_dict` gives plain values.
+    """What `merge` would read, compute and write, from headers. print() shows it, `as_dict()` gives plain values.
 
     Arguments and errors are those of `merge`.
     """
@@ -299,7 +300,7 @@ def merge_adapters(
     """Merge LoRA adapters of one base with each other into an adapter, by a recipe with `out: lora`.
 
     out  a folder, for adapters of peft; a folder or a .safetensors file, for those of kohya and diffusers
-    The other arguments are those of `merge`. How methods become products of low rank: see fastinterp/lora/merge.py.
+    The other arguments are those of `merge`. docs/RECIPES.md has what becomes of ranks, scales and methods.
     Raises: as `merge`; UsageError, if the recipe has no `out: lora`.
     """
     with given(methods):
@@ -324,7 +325,10 @@ def merge_adapter_document(
 
 
 def explain_adapters(recipe: Source, *, methods: Sequence[Method] = ()) -> AdapterExplanation:
-    """What `merge_adapters` would read and write, from headers."""
+    """What `merge_adapters` would read and write, from headers. print() shows it, `as_dict()` gives plain values.
+
+    The arguments and errors are those of `merge_adapters`.
+    """
     from fastinterp.lora.explain import AdapterExplanation
     from fastinterp.lora.plan import plan_adapters
 

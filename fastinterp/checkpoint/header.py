@@ -17,7 +17,7 @@ import msgspec
 from fastinterp.checkpoint.names import quote, shell_word
 from fastinterp.checkpoint.remote import Readable, opened
 from fastinterp.checkpoint.strict_json import parse_object
-from fastinterp.errors import CheckpointError
+from fastinterp.errors import CheckpointError, UnreadableError
 from fastinterp.ops.dtypes import DTYPES, DType
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ def _read_exactly(source: Readable, count: int, offset: int, file: str) -> bytes
     while count:
         part = source.pread(count, offset)
         if not part:
-            raise CheckpointError("the file ended while its header was read: it is being changed", file=file)
+            raise UnreadableError("the file ended while its header was read: it is being changed", file=file)
         parts.append(part)
         count -= len(part)
         offset += len(part)

@@ -186,10 +186,12 @@ def opened(
     max_memory: int,
     progress: Progress | None,
     devices: Sequence[Device] = (),
+    or_cpu: bool = False,
 ) -> Iterator[Run]:
     """Open a plan to run into `sinks`, on `devices` as far as these support its steps. A context manager: closes the
     files at the end.
 
+    or_cpu  the CPU does what the devices leave when all of them failed; else that is an error
     Raises: UsageError, if the scratch does not fit `max_memory`; StorageError and OutputError, if a file cannot be
     opened.
     """
@@ -200,9 +202,8 @@ def opened(
             from fastinterp.execute.torn import refuse_torn
 
             refuse_torn(model.checkpoint)
-    stream_bytes = max_memory // 2 if remote.is_streaming() and plan.elsewhere else 0
-    most = max_memory - _device_bytes(devices, max_memory) - stream_bytes
-    window = make_window(plan, cpu_threads(threads), most)
+    stream_bytes = _stream_bytes(plan, max_memory)
+    window = window_beside(plan, devices, threads, max_memory)
     with ExitStack() as stack:
         inputs = (tensor for stage in plan.stages for tensor in stage.inputs)
         sources = Sources(
@@ -229,7 +230,7 @@ def opened(
         if devices:
             from fastinterp.execute.device.executor import DeviceExecutor
 
-            executor: PumpExecutor = stack.enter_context(closing(DeviceExecutor(devices, *where)))
+            executor: PumpExecutor = stack.enter_context(closing(DeviceExecutor(devices, *where, or_cpu=or_cpu)))
         else:
             executor = PumpExecutor(*where)
             if sources.in_turns:
@@ -245,6 +246,7 @@ def run(
     max_memory: int,
     progress: Progress | None,
     devices: Sequence[Device] = (),
+    or_cpu: bool = False,
     notes: Notes | None = None,
 ) -> Done:
     """Run a plan. notes: goes on from what is finished, and notes what becomes so
@@ -254,12 +256,28 @@ def run(
     agree differ; StorageError and OutputError, if the operating system cannot read or write; BackendError, if no device
     is left.
     """
-    with opened(plan, sinks, threads=threads, max_memory=max_memory, progress=progress, devices=devices) as running:
+    with opened(
+        plan, sinks, threads=threads, max_memory=max_memory, progress=progress, devices=devices, or_cpu=or_cpu
+    ) as running:
         if notes is None:
             run_jobs([*running.jobs.values()], running.executor, running.others)
             return running.done()
         usage = notes.run(running.jobs, running.others, running.executor, sinks.checksums)
         return replace(running.done(), usage=usage)
+
+
+def window_beside(plan: Plan, devices: Sequence[Device], threads: int | None, max_memory: int) -> Window:
+    """The window of a plan that runs on `devices`, beside the buffers of these and of what is streamed.
+
+    Raises: UsageError, if `max_memory` is too little for all of that.
+    """
+    most = max_memory - _device_bytes(devices, max_memory) - _stream_bytes(plan, max_memory)
+    return make_window(plan, cpu_threads(threads), most)
+
+
+def _stream_bytes(plan: Plan, max_memory: int) -> int:
+    """Bytes of `max_memory` for what is read of files elsewhere."""
+    return max_memory // 2 if remote.is_streaming() and plan.elsewhere else 0
 
 
 def _device_bytes(devices: Sequence[Device], max_memory: int) -> int:

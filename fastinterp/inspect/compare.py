@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
+from fastinterp.arguments import Checkpoint
 from fastinterp.backends.cpu import PumpOptions, survey
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.errors import ShapeError, UsageError
@@ -74,7 +75,9 @@ class Difference:
 class Comparison:
     """The differences of two checkpoints.
 
-    tensors     of the tensors that both have, of the same shape and of dtypes that are merged
+    tensors     name -> difference of each tensor that both have, of the same shape and of a dtype that is merged. Its
+                attributes: numel; changed, elements that differ; norm_a, |a|; norm_delta, |b - a|; relative, |b - a| /
+                |a|; cosine of a and b; changed_fraction
     only_a      names of tensors that b lacks
     only_b      names of tensors that a lacks
     shapes      names of tensors whose shapes differ
@@ -108,17 +111,22 @@ class Comparison:
 
     @property
     def total_of_matrices(self) -> Difference:
+        """Of all matrices as one vector: what tells independent models from related ones, by its cosine."""
         return Difference.total(d for name, d in self.tensors.items() if name not in self.vectors)
 
 
 def compare(
-    a: str | os.PathLike[str],
-    b: str | os.PathLike[str],
+    a: Checkpoint,
+    b: Checkpoint,
     *,
     threads: int | None = None,
     progress: Progress | bool | None = None,
 ) -> Comparison:
     """Measure b - a for every tensor of two checkpoints, reading every byte once.
+
+    a, b      the checkpoints, in any form that is read
+    threads   None: one per CPU, at most 32. The result does not depend on it
+    progress  as of `merge`
 
     Names of b follow those of a, where a prefix, a wrapper or an older spelling explains all the difference.
     Raises: CheckpointError (ShapeError, if no name is in both), StorageError, BackendError, UsageError.

@@ -9,7 +9,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from operator import index
-from typing import Any
+from typing import Annotated, Any
 
 from fastinterp.arguments import snapped
 from fastinterp.errors import CheckpointError, FastinterpError, StorageError, UsageError
@@ -23,8 +23,18 @@ from fastinterp.torch_models.endpoints import Endpoint, Endpoints, Model, not_in
 from fastinterp.torch_models.module_tensors import weights_of
 from fastinterp.torch_models.module_weights import ModuleWeights, dtypes_of
 
-Alpha = float | Mapping[str, float]
-Alphas = Sequence[Alpha] | Mapping[str, Sequence[float]]
+Alpha = Annotated[
+    float | Mapping[str, float],
+    """A point of a path: 0.3 on the line from a (0) to b (1), below 0 and above 1 beyond them; of directions a mapping
+    of their names to distances, {"formal": 0.5, "kind": -0.2}, where those that are left out are 0, the base.
+    """,
+]
+Alphas = Annotated[
+    Sequence[Alpha] | Mapping[str, Sequence[float]],
+    """Points of a path: a list of points (see `Alpha`), or of directions a mapping of their names to lists of
+    distances, {"formal": [0, 0.5, 1], "kind": [-1, 0, 1]}, which stands for all combinations.
+    """,
+]
 ALPHA = "alpha"  # the name of the one direction of a line from a to b
 
 
@@ -126,7 +136,12 @@ class Path:
         return f"<Path{base}: {', '.join(end.label for end in self._ends.values())}>"
 
     def weights(self, alpha: Alpha) -> dict[str, Any]:
-        """The state dict of one point, in new tensors; by name of direction, if it is no line from a to b."""
+        """The state dict of one point, in new tensors.
+
+        alpha  a number on a line from a to b, else distances by name of direction: see `Alpha`
+
+        Raises: UsageError; CheckpointError or StorageError, if a file of a model cannot be read.
+        """
         return self._measured(self._point(alpha))[0]
 
     def evaluate(

@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from fastinterp.checkpoint.regular_file import close, read_at
 from fastinterp.execute.sources import storage
 from fastinterp.execute.to_memory import filling
 from fastinterp.ops.dtypes import DType
@@ -109,9 +110,10 @@ class _Files:
         with storage(path):
             if path not in self._fds:
                 self._fds[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                self._stack.callback(os.close, self._fds[path])
-            for at in range(0, nbytes, _COMPARED):
-                yield at, os.pread(self._fds[path], min(_COMPARED, nbytes - at), start + at)
+                self._stack.callback(close, self._fds[path], path)
+            there = min(nbytes, os.fstat(self._fds[path]).st_size - start)
+            for at in range(0, there, _COMPARED):
+                yield at, read_at(self._fds[path], path, start + at, min(_COMPARED, there - at))
 
 
 def _compare(

@@ -45,7 +45,8 @@ from fastinterp.output.shared_folder import (
     stands,
     write_note,
 )
-from fastinterp.plan.plan import Plan, Source, plan_recipe
+from fastinterp.plan.plan import Plan, plan_recipe
+from fastinterp.recipe.document import Source
 
 _KEY = 12  # digits of the key of a merge
 _POLL_S = 0.05  # between polls of what the other ranks have finished
@@ -129,7 +130,7 @@ def carry_out(
             )
         work = _RankWork(
             plan, outs, key, peers, threads=threads, max_memory=max_memory, progress=progress, devices=devices,
-            verify_kept=verify_kept,
+            or_cpu=bool(chosen), verify_kept=verify_kept,
         )  # fmt: skip
         records = work.run(units)
         if me.rank != 0:
@@ -207,11 +208,11 @@ class _RankWork:
 
     def __init__(
         self, plan: Plan, outs: Sequence[str | os.PathLike[str]], key: str, peers: Peers, *, threads: int,
-        max_memory: int, progress: Progress | None, devices: Sequence[Device], verify_kept: bool,
+        max_memory: int, progress: Progress | None, devices: Sequence[Device], or_cpu: bool, verify_kept: bool,
     ):  # fmt: skip
         self._plan, self._outs, self._key, self._peers = plan, outs, key, peers
         self._threads, self._max_memory, self._progress = threads, max_memory, progress
-        self._devices, self._verify_kept = devices, verify_kept
+        self._devices, self._or_cpu, self._verify_kept = devices, or_cpu, verify_kept
         self._total = plan.bytes_read + plan.bytes_made + plan.bytes_written
 
     def run(self, units: Sequence[Unit]) -> list[dict[str, Any]]:
@@ -265,7 +266,7 @@ class _RankWork:
             done = run(
                 plan, FileSinks(plan, paths, synced=True), threads=self._threads, max_memory=self._max_memory,
                 progress=lambda of_unit, _: self._report(before + of_unit - self._peers.bytes_done),
-                devices=self._devices, notes=notes,
+                devices=self._devices, or_cpu=self._or_cpu, notes=notes,
             )  # fmt: skip
             self._peers.bytes_done = before + done.bytes_read + done.bytes_written
             record = {"files": list(unit.files), **_record(plan, done)}
