@@ -26,7 +26,7 @@ from fastinterp.errors import RankError, UsageError
 from fastinterp.execute.distributed.peers import Peers, Rank
 from fastinterp.execute.distributed.unit_notes import kept_bytes, noted
 from fastinterp.execute.jobs.densities import Density
-from fastinterp.execute.report import OutputRecord, Report, RoundingEffect, kept_line, record_of, report_on
+from fastinterp.execute.report import OutputRecord, Report, RoundingEffect, kept_line, records_of, report_on
 from fastinterp.execute.resume.identity import identity_of
 from fastinterp.execute.rounds import DeviceUsage
 from fastinterp.execute.run import Done, run
@@ -303,7 +303,7 @@ def _parsed(unit: Unit, text: str | None) -> dict[str, Any] | None:
 
 def _record(plan: Plan, done: Done) -> dict[str, Any]:
     """The record of a unit, as plain values: counters, devices, and the records of its outputs."""
-    records = [record_of(plan, done.jobs, k) for k in range(len(plan.recipes))]
+    records = records_of(plan, done.jobs)
     return {
         "bytes_read": done.bytes_read, "bytes_written": done.bytes_written, "threads": done.threads, "isa": done.isa,
         "scratch_bytes": done.scratch_bytes, "usage": asdict(done.usage),
