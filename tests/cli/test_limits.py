@@ -340,9 +340,14 @@ def test_memory_of_a_tensor(tmp_path):
 
 def test_comparisons_of_models_are_in_proportion_to_them(monkeypatch):
     """Of a recipe of twice as many models: twice as many, not four times."""
-    counts = []
-    hashed = ModelRef._normal.fget  # type: ignore[attr-defined]
-    monkeypatch.setattr(ModelRef, "_normal", property(lambda ref: counts.append(1) or hashed(ref)))
+    counts: list[int] = []
+    normal = ModelRef._normal.fget  # type: ignore[attr-defined]
+
+    def counted(ref: ModelRef) -> str:
+        counts.append(1)
+        return str(normal(ref))
+
+    monkeypatch.setattr(ModelRef, "_normal", property(counted))
     seen = []
     for number in (100, 200):
         counts.clear()
