@@ -150,7 +150,7 @@ class Run:
         self.others: list[Job] = []
         for tensor in sorted(plan.tensors, key=partial(_first_place, sinks)):
             job = _job(plan, tensor, sources, sinks, scratch)
-            if tensor.entries[0][0] in sinks.of:
+            if _sinks_of(sinks, tensor)[0]:
                 self.jobs[tensor.name] = job
             else:
                 self.others.append(job)
@@ -324,7 +324,12 @@ def _job(plan: Plan, tensor: PlannedTensor, sources: Sources, sinks: Sinks, scra
 
 def _sinks_of(sinks: Sinks, tensor: PlannedTensor) -> tuple[Sequence[int], Sequence[int]]:
     """The sinks and offsets of a tensor, or of its codes; empty, if it is not wanted."""
-    return sinks.of.get(tensor.entries[0][0], ((), ()))
+    return sinks.of.get(_stored_name(tensor), ((), ()))
+
+
+def _stored_name(tensor: PlannedTensor) -> str:
+    """Its name in the files: that of its codes, if it has any."""
+    return tensor.name if tensor.encoding is None else tensor.entries[0][0]
 
 
 def _first_place(sinks: Sinks, tensor: PlannedTensor) -> tuple[int, int]:
