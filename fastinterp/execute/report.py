@@ -29,8 +29,15 @@ _NOTICED = 0.05  # a strength that differs from 1 by more than this is a warning
 class RoundingEffect:
     """How rounding to the output dtype altered the change of one tensor, or of several together.
 
-    The counts of NaN and Inf are exact. The rest is measured on sampled chunks: `sampled` of `numel` elements. Changes
-    are relative to the pivot p: the base, else the first model that is read. D is the intended change: before rounding.
+    numel    number of elements
+    sampled  number of those on which what follows was measured, in chunks
+    changed  sampled elements whose stored value differs from the stored one of p
+    sum_pp   <p, p>, where p is the base, else the first model that is read
+    sum_dd   <D, D>, where D is the intended change from p: before rounding
+    sum_od   <out - p, D>
+    nan_in, inf_in, nan_out, inf_out   numbers of NaN and Inf in the inputs and in the output, of all elements
+
+    Sums are float64.
     """
 
     numel: int
@@ -51,11 +58,12 @@ class RoundingEffect:
 
     @property
     def changed_fraction(self) -> float | None:
+        """The part of the sampled elements whose stored value differs from that of p, 0 to 1; or None."""
         return self.changed / self.sampled if self.sampled else None
 
     @property
     def relative_change(self) -> float | None:
-        """|D| / |p|."""
+        """|D| / |p|, or None if p is 0."""
         return math.sqrt(self.sum_dd / self.sum_pp) if self.finite and self.sum_pp > 0 else None
 
     @staticmethod
@@ -83,9 +91,11 @@ class RoundingEffect:
 
     @property
     def finite(self) -> bool:
+        """Whether the sums are: False, if there is NaN or Inf in a sample."""
         return math.isfinite(self.sum_pp) and math.isfinite(self.sum_dd) and math.isfinite(self.sum_od)
 
     def as_dict(self) -> dict[str, Any]:
+        """Plain values: the fields, and what is computed of them."""
         return {
             **asdict(self),
             "strength": self.strength,
@@ -114,9 +124,29 @@ class OutputRecord:
 
 @dataclass(frozen=True)
 class Report:
-    """The report of one output of a merge.
+    """The report of one output of a merge. print() shows the summary, a notebook a table.
 
-    bytes_read, bytes_written and wall_s are those of the whole run, which may have several outputs.
+    output         its folder or file
+    files          names of the files with weights
+    tensors        name -> `RoundingEffect` of each tensor that was computed, not copied
+    copied         names of the tensors whose bytes were copied
+    bytes_read, bytes_written   of the whole run, which may have several outputs
+    outputs        number of outputs of the run
+    wall_s         time of the run, seconds
+    device         what computed: `cpu avx2`
+    threads        of the CPU
+    inputs         number of models that the tensors come from
+    densities      of methods that drop elements: model -> tensor -> how many were to be kept, and were
+    merged         number of elements of all tensors that were computed
+    on_cpu         with an accelerator: reason -> number of tensors that the CPU computed
+    chosen         why `device="auto"` took this one; empty, if there was no choice
+    removed        files of the checkpoint that the output replaced
+    warnings       what may be wrong with the output: precision, NaN and Inf, files beside the weights
+    remarks        what was decided without being asked: names that were aligned, tensors that were left out
+    quantised      model whose codes were decoded -> how large its difference is, in steps of the quantisation
+    left_out       reason -> files beside the weights that were not copied
+    asked          numbers of the recipe that the change is proportional to, as {"alpha": 0.25}
+    resumed        the part of the outputs that an earlier run had finished, 0 to 1; None: it was not resumed
     """
 
     output: str
@@ -178,7 +208,7 @@ class Report:
 
     @cached_property
     def effect(self) -> RoundingEffect:
-        """Of all tensors together."""
+        """The effect of rounding on all tensors together; `report.effect.strength` is 1.0 where nothing was lost."""
         return RoundingEffect.total(self.tensors.values())
 
     @property

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from fastinterp.backends.cpu import Progress, PumpOptions
 from fastinterp.backends.registry import cpu_isa, cpu_threads
-from fastinterp.checkpoint import remote
 from fastinterp.checkpoint.checksum import KEY
 from fastinterp.errors import OutputError, StorageError, UsageError
 from fastinterp.execute.jobs.job import Job
 from fastinterp.execute.jobs.tensor_io import TensorIO, TensorStep
 from fastinterp.execute.rounds import DeviceUsage, PumpExecutor, run_jobs
 from fastinterp.execute.sinks import Sinks
-from fastinterp.execute.sources import Sources, remedy
+from fastinterp.execute.sources import STREAM_BYTES, Sources, remedy
 from fastinterp.execute.streams import blocks_ahead
 from fastinterp.messages import counted
 from fastinterp.ops.combine import philox_key
@@ -181,10 +180,12 @@ def opened(
     max_memory: int,
     progress: Progress | None,
     devices: Sequence[Device] = (),
+    or_cpu: bool = False,
 ) -> Iterator[Run]:
     """Open a plan to run into `sinks`, on `devices` as far as these support its steps. A context manager: closes the
     files at the end.
 
+    or_cpu  the CPU does what the devices leave when all of them failed; else that is an error
     Raises: UsageError, if the scratch does not fit `max_memory`; StorageError and OutputError, if a file cannot be
     opened.
     """
@@ -195,13 +196,15 @@ def opened(
             from fastinterp.execute.torn import refuse_torn
 
             refuse_torn(model.checkpoint)
-    stream_bytes = max_memory // 2 if remote.is_streaming() and plan.elsewhere else 0
-    most = max_memory - _device_bytes(devices, max_memory) - stream_bytes
-    window = make_window(plan, cpu_threads(threads), most)
+    if plan.streamed and devices:
+        what = f"{plan.streamed[0]} is read from where it is, into the CPU's memory"
+        raise UsageError(f"{what}, and that cannot go with an accelerator. Use --device cpu, or download it first")
+    stream_bytes = _stream_bytes(plan, max_memory)
+    window = window_beside(plan, devices, threads, max_memory)
     with ExitStack() as stack:
         every = [s for t in plan.tensors for s in t.stages]
         inputs = (tensor for s in every for tensor in s.inputs)
-        sources = Sources(plan.checkpoints, inputs, stack, sinks.files, sinks.scratch, stream_bytes)
+        sources = Sources(plan.checkpoints, inputs, stack, sinks.files, sinks.scratch, stream_bytes or STREAM_BYTES)
         sinks.open(stack, isa)
         recipe = plan.recipes[0]
         scratch = _scratch(plan, sources, sinks, stack, sinks.scratch) if len(every) > len(plan.tensors) else None
@@ -227,7 +230,7 @@ def opened(
         if devices:
             from fastinterp.execute.device.executor import DeviceExecutor
 
-            executor: PumpExecutor = stack.enter_context(closing(DeviceExecutor(devices, *where)))
+            executor: PumpExecutor = stack.enter_context(closing(DeviceExecutor(devices, *where, or_cpu=or_cpu)))
         else:
             executor = PumpExecutor(*where)
         yield Run(plan, sources, sinks, isa, window.threads, executor, jobs, wanted)
@@ -241,6 +244,7 @@ def run(
     max_memory: int,
     progress: Progress | None,
     devices: Sequence[Device] = (),
+    or_cpu: bool = False,
     notes: Notes | None = None,
 ) -> Done:
     """Run a plan. notes: goes on from what is finished, and notes what becomes so
@@ -250,7 +254,9 @@ def run(
     agree differ; StorageError and OutputError, if the operating system cannot read or write; BackendError, if no device
     is left.
     """
-    with opened(plan, sinks, threads=threads, max_memory=max_memory, progress=progress, devices=devices) as running:
+    with opened(
+        plan, sinks, threads=threads, max_memory=max_memory, progress=progress, devices=devices, or_cpu=or_cpu
+    ) as running:
         if notes is None:
             run_jobs([*running.jobs.values()], running.executor, running.others)
             return running.done()
@@ -258,13 +264,28 @@ def run(
         return replace(running.done(), usage=usage)
 
 
-def _device_bytes(devices: Sequence[Device], max_memory: int) -> int:
+def window_beside(plan: Plan, devices: Sequence[Device], threads: int | None, max_memory: int) -> Window:
+    """The window of a plan that runs on `devices`, beside the buffers of these and of what is streamed.
+
+    Raises: UsageError, if `max_memory` is too little for all of that.
+    """
+    count = cpu_threads(threads)
+    most = max_memory - _device_bytes(devices, max_memory, count) - _stream_bytes(plan, max_memory)
+    return make_window(plan, count, most)
+
+
+def _stream_bytes(plan: Plan, max_memory: int) -> int:
+    """Bytes of `max_memory` for what is read of files elsewhere."""
+    return max_memory // 2 if plan.streamed else 0
+
+
+def _device_bytes(devices: Sequence[Device], max_memory: int, threads: int) -> int:
     """Bytes of `max_memory` for the buffers of the devices."""
     if not devices:
         return 0
     from fastinterp.execute.device.executor import device_window
 
-    return device_window(max_memory, len(devices))
+    return device_window(max_memory, len(devices), threads)
 
 
 def _scratch(plan: Plan, sources: Sources, sinks: Sinks, stack: ExitStack, folder: Path | None) -> ScratchFile:

@@ -13,7 +13,7 @@ from fastinterp.backends.cpu import SourceHandle, cached_fraction
 from fastinterp.checkpoint import remote
 from fastinterp.checkpoint.open import changed_since
 from fastinterp.checkpoint.regular_file import close, write_all
-from fastinterp.checkpoint.remote import opened
+from fastinterp.checkpoint.remote import RemoteFile, opened
 from fastinterp.errors import NO_MEMORY, CheckpointError, FastinterpError, StorageError
 from fastinterp.execute.scales import refuse_scales
 from fastinterp.messages import counted, listed, size, tell
@@ -26,6 +26,7 @@ from fastinterp.plan.models import Model
 if TYPE_CHECKING:
     from fastinterp.execute.streams import Streams
 
+STREAM_BYTES = 64 << 20  # for what is read of files elsewhere, where nobody says how much
 _SPARE_FDS = 64  # for everything that is neither input nor output
 
 
@@ -36,7 +37,7 @@ class Sources:
     inputs   every tensor that will be read
     outputs  number of files that will be open for writing at the same time
     scratch  folder for computed rows of gathered embeddings and converted tensors; None: that for temporary files
-    stream_bytes  memory for what is read of files elsewhere, while the run reads it; 0: those are fetched first
+    stream_bytes  memory for what is read of files elsewhere, while the run reads it
     Raises: StorageError, if a file cannot be opened.
     """
 
@@ -47,7 +48,7 @@ class Sources:
         stack: ExitStack,
         outputs: int = 0,
         scratch: Path | None = None,
-        stream_bytes: int = 0,
+        stream_bytes: int = STREAM_BYTES,
     ):
         every: dict[Hashable, TensorInput] = {}
         needed: dict[Path, None] = {}
@@ -55,7 +56,7 @@ class Sources:
             if (files := tensor.files) and (key := tensor.key) not in every:
                 every[key] = tensor
                 needed.update(dict.fromkeys(files))
-        elsewhere = [path for path in needed if remote.find(path)] if stream_bytes else []
+        elsewhere = [path for path in needed if remote.is_streamed(path)]
         self._streamed = {path: i for i, path in enumerate(elsewhere)}
         remote.fetch(path for path in needed if path not in self._streamed)
         moved = sum(tensor.moves_rows for tensor in every.values())
@@ -78,6 +79,10 @@ class Sources:
         self._operands: dict[Hashable, Operand] = {}
         for key, tensor in every.items():
             self._operands[key] = tensor.open(self)
+
+    def elsewhere(self, number: int) -> RemoteFile | None:
+        """The file elsewhere that is source `number`, if it is one."""
+        return remote.find(self.paths[number]) if self.paths[number] in self._streamed else None
 
     @property
     def fds(self) -> list[int]:
@@ -185,7 +190,8 @@ class Sources:
         """Raises: CheckpointError, if a file of a checkpoint has changed since its header was read."""
         for checkpoint in self._checkpoints:
             for path in changed_since(checkpoint):
-                raise CheckpointError(message, file=str(path))
+                found = remote.find(path)
+                raise CheckpointError(message, file=str(path) if found is None else found.name)
 
     def explained(self, error: tuple[Any, ...]) -> Exception:
         """The exception for an error tuple of the pump (_C.pyi): a failed read, or another error that ended the run."""
@@ -215,7 +221,7 @@ def _streams(elsewhere: Sequence[Path], inputs: Sequence[TensorInput], most: int
     files = [file for path in elsewhere if (file := remote.find(path)) is not None]
     models = dict.fromkeys(path.parent for path in elsewhere)
     total = sum(tensor.nbytes for tensor in inputs if not {*tensor.files}.isdisjoint(elsewhere))
-    what = f"{counted(len(files), 'file')}, {size(total)}, as they are merged, and not stored"
+    what = f"{counted(len(files), 'file')}, {size(total)}, as they are needed, and not stored"
     tell(f"reading {what}: {listed([file.name for file in files], 4)}")
     return Streams(files, len(models), most, stack)
 

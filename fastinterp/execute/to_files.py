@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 from fastinterp.backends.cpu import Progress
 from fastinterp.backends.registry import cpu_isa, cpu_threads, device_spec, find_devices, maybe_devices
 from fastinterp.checkpoint.regular_file import pieces_of
-from fastinterp.errors import BackendError, FastinterpError
+from fastinterp.errors import BackendError, FastinterpError, UsageError
 from fastinterp.execute.checksums import receipt_content, small_file
 from fastinterp.execute.input_files import input_files
 from fastinterp.execute.kept import acting_lines, asked_of, kept
 from fastinterp.execute.report import OutputRecord, Report, RoundingEffect, coefficients_of, record_of, report_of
 from fastinterp.execute.resume.identity import Identity, identity_of
 from fastinterp.execute.resume.session import Session, difference
-from fastinterp.execute.run import Done, run
+from fastinterp.execute.run import Done, run, window_beside
 from fastinterp.execute.sinks import FileSinks
 from fastinterp.output.earlier import Earlier, earlier, held
 from fastinterp.output.folder import OutFolder
@@ -62,6 +62,7 @@ def write_outputs(
     start = time.perf_counter()
     cpu_isa()  # an unusable FASTINTERP_ISA shows before a folder is made
     devices, chosen = devices_for(device, plans, threads, max_memory)
+    or_cpu = bool(chosen)
     with ExitStack() as stack:
         folders, session = _opened_folders(plans, outs, stack, identity_of(plans), force=force, durable=durable)
         try:
@@ -69,7 +70,7 @@ def write_outputs(
                 session.tell()
                 every = session.dones(cpu_isa(), cpu_threads(threads))
             else:
-                work = partial(run, threads=threads, max_memory=max_memory, devices=devices)
+                work = partial(run, threads=threads, max_memory=max_memory, devices=devices, or_cpu=or_cpu)
                 synced = durable or force
                 every = _written(plans, folders, session, work, progress, edit_files, verify_kept, synced)
         except BaseException as error:
@@ -140,11 +141,15 @@ def _written(
 def devices_for(
     device: str, plans: Sequence[Plan], threads: int | None, max_memory: int, local: int = 0
 ) -> tuple[Sequence[Device], str]:
-    """The accelerators that `--device` stands for, none for the CPU; and the reason for the choice of `auto`.
+    """The accelerators that `--device` stands for, none for the CPU; and the reason for the choice of `auto`, empty for
+    all others. What `auto` chooses may fail where the CPU would not: then the CPU does it.
 
     local  index of this process among those of this machine, which share its accelerators
     """
     spec = device_spec(device)
+    streamed = next((name for plan in plans for name in plan.streamed), None)
+    if streamed is not None and spec.kind == "auto":
+        return (), ""
     if spec.kind != "auto":
         return find_devices(spec, local), ""
     if not maybe_devices():
@@ -155,9 +160,12 @@ def devices_for(
     if choice.device == "cpu":
         return (), choice.why
     try:
-        return find_devices(device_spec(choice.device), local), choice.why
-    except BackendError as error:
+        found = find_devices(device_spec(choice.device), local)
+        for plan in plans:
+            window_beside(plan, found, threads, max_memory)
+    except (BackendError, UsageError) as error:
         return (), f"{choice.why}; but {error}"
+    return found, choice.why
 
 
 def _opened_folders(

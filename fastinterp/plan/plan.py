@@ -110,6 +110,12 @@ class Plan:
         files = ((m.name, (*m.files, *m.adapter_files)) for m in self.checkpoints)
         return tuple(name for name, paths in files if any(remote.find(path) for path in paths))
 
+    @property
+    def streamed(self) -> tuple[str, ...]:
+        """The names of models with files that are read from elsewhere while they are merged."""
+        files = ((m.name, (*m.files, *m.adapter_files)) for m in self.checkpoints)
+        return tuple(name for name, paths in files if any(map(remote.is_streamed, paths)))
+
     def small_files(self, k: int) -> dict[str, bytes | Path]:
         """What is written beside the weights of output k, by name: the path of a file to copy, or content.
 

@@ -22,6 +22,7 @@ from fastinterp.execute.report import Report
 from fastinterp.execute.to_files import write_outputs
 from fastinterp.messages import listed
 from fastinterp.methods import Method, given
+from fastinterp.output.address import uploads
 from fastinterp.output.receipt import RECEIPT
 from fastinterp.plan.given_sums import with_sums
 from fastinterp.presence import file_size
@@ -49,6 +50,7 @@ class Replay(msgspec.Struct, frozen=True):
 
     @property
     def exit_code(self) -> int:
+        """0 the same bytes; 1 others."""
         return 0 if self.same else 1
 
     def as_dict(self) -> dict[str, Any]:
@@ -70,6 +72,7 @@ class Replay(msgspec.Struct, frozen=True):
         return self.summary()
 
 
+@uploads
 def replay(
     output: str | os.PathLike[str],
     out: str | os.PathLike[str],

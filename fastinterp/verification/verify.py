@@ -38,8 +38,9 @@ class Verification:
     """What became of a verification.
 
     output       as it was named
-    findings     files that are not what the receipt says
-    differences  tensors that are not what the recipe gives, of those that were computed again
+    findings     files that are not what the receipt says; each has file, what and tensors
+    differences  tensors that are not what the recipe gives, of those that were computed again; each has file, tensor,
+                 element (the first that differs), elements (how many do) and compared
     files        number of files that were compared with checksums
     nbytes       bytes of these
     recomputed   bytes of the output that were computed again
@@ -47,6 +48,7 @@ class Verification:
     of           bytes of all tensors
     unverified   why it was not computed again; empty, if it was, or was not asked for
     notes        for people
+    wall_s       time that it took, seconds
     """
 
     output: str

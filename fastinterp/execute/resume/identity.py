@@ -35,7 +35,7 @@ class Identity(msgspec.Struct, frozen=True):
     methods   a hash of the code of each method that is not of this package, as far as it shows: not of what it calls
     headers   a hash of the headers and names of the files of each output
     inputs    path -> size, mtime and ctime in ns, and a hash of the header: every file of weights, and of small files
-              that plans read. Of weights from the Hub: size, zeros, and the commit
+              that plans read. Of weights from the Hub: size, zeros, and the commit; of addresses the version
     """
 
     version: str
@@ -120,6 +120,10 @@ def _options(recipe: Recipe) -> dict[str, str | int | bool | None]:
 def _inputs(models: Sequence[Model]) -> dict[str, tuple[int, int, int, str]]:
     found: dict[str, tuple[int, int, int, str]] = {}
     for checkpoint in _with_adapters(model.checkpoint for model in models):
+        if checkpoint.site is not None:  # its folder here is another one in every run
+            versions = checkpoint.site.versions.items()
+            found |= {f"{checkpoint.site.url}/{name}": (size, 0, 0, version) for name, (size, version) in versions}
+            continue
         for path, stamp in zip(checkpoint.files, checkpoint.stamps, strict=True):
             if checkpoint.snapshot is not None:  # the commit is in the path, whether the file is here or still there
                 found[str(path)] = (stamp[0], 0, 0, checkpoint.snapshot.commit)
