@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from examples.real_path.data import GGUF
 
-START = 0  # <|endoftext|>: stands before every snippet, and after it
+# What stands before every text: <|im_start|>assistant and a newline, as in the answers that the model was trained on.
+START = (1, 520, 9531, 198)
+END = 2  # <|im_end|>, behind it
 
 
 def convert(source: Path, target: Path) -> None:
@@ -19,19 +22,21 @@ def convert(source: Path, target: Path) -> None:
     config = quantised.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the weights are numbers now
-    config.bos_token_id = config.eos_token_id = config.pad_token_id = START
     model = LlamaForCausalLM(config)
     model.load_state_dict(quantised.state_dict())
-    model.generation_config.update(bos_token_id=START, eos_token_id=START, pad_token_id=START)
     save(model, target)
-    AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(target)
+    words = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+    if words("<|im_start|>assistant\n<|im_end|>", add_special_tokens=False)["input_ids"] != [*START, END]:
+        raise SystemExit(f"{source / GGUF}: the tokenizer has other numbers for the start and the end of an answer")
+    # Whoever tokenizes a prompt gets START before it, as in training.
+    start = {"id": "answer", "ids": list(START), "tokens": words.convert_ids_to_tokens(START)}
+    words.backend_tokenizer.post_processor = TemplateProcessing(single="answer $A", special_tokens=[start])
+    words.save_pretrained(target)
 
 
 def save(model: Any, target: Path) -> None:
-    """Weights and configuration, in bfloat16. The model given keeps its own dtype."""
-    import copy
-
-    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(target)
+    """Weights and configuration, in bfloat16; the model given is converted, too."""
+    model.to(torch.bfloat16).save_pretrained(target)
 
 
 def load(folder: Path) -> Any:
@@ -41,8 +46,7 @@ def load(folder: Path) -> Any:
 
 def empty(folder: Path) -> Any:
     """A model of the same layout whose weights come later."""
-    with torch.device("cpu"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32).eval()
 
 
 def tokenizer(folder: Path) -> Any:

@@ -103,7 +103,7 @@ def _unpack(folder: Path) -> None:
 def _member(archive: tarfile.TarFile, name: str) -> bytes:
     stream = archive.extractfile(name)
     if stream is None:
-        raise MissingPackageError(f"{archive.name} holds no file {name}")
+        raise MissingPackageError(f"the archive holds no file {name}")
     return stream.read()
 
 

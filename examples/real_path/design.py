@@ -47,8 +47,8 @@ class Design:
     def quick() -> Design:
         return Design(
             seeds=(0,), full=("neg", "pos"), lora=(), adapting=Settings(steps=30, batch=4, rate=1e-4),
-            training=Settings(steps=25, batch=4, warm_up=3), line=(0.0, 0.5, 1.0), whole=False, samples=96,
-            tokens=20, held_out=48,
+            training=Settings(steps=25, batch=4, warm_up=3), line=(0.0, 0.5, 1.0), whole=False, samples=64,
+            tokens=20, held_out=36,
         )  # fmt: skip
 
     @property

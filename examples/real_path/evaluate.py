@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from examples.real_path.base import START
+from examples.real_path.base import END, START
 from examples.real_path.finetune import loss_of, padded, rows
 
 CLEAR = 0.05  # VADER's own bound: compound scores from here on are positive, from its negative down negative
@@ -38,14 +38,14 @@ def random_numbers(samples: int, tokens: int, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def generate(model: Any, numbers: Tensor, prompt: Sequence[int] = ()) -> list[list[int]]:
-    """Token ids that follow START and the prompt, one list for each row of numbers; up to START or to their count.
+def generate(model: Any, numbers: Tensor) -> list[list[int]]:
+    """Token ids that follow START, one list for each row of numbers; up to END, or as many as a row has.
 
     Temperature 1, the whole vocabulary: the token at which the cumulative probability passes the number.
     """
     found: list[list[int]] = [[] for _ in numbers]
     going = torch.arange(len(numbers))
-    step = torch.tensor([[START, *prompt]]).expand(len(numbers), -1)
+    step = torch.tensor([START]).expand(len(numbers), -1)
     cache = None
     for column in range(numbers.shape[1]):
         out = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -53,7 +53,7 @@ def generate(model: Any, numbers: Tensor, prompt: Sequence[int] = ()) -> list[li
         cumulative = torch.softmax(out.logits[:, -1], -1, dtype=torch.float64).cumsum_(-1)
         wanted = numbers[going, column, None] * cumulative[:, -1:]
         token = torch.searchsorted(cumulative, wanted, right=True).clamp_(max=cumulative.shape[1] - 1)[:, 0]
-        kept = (token != START).nonzero()[:, 0]
+        kept = (token != END).nonzero()[:, 0]
         for row, t in zip(going[kept].tolist(), token[kept].tolist(), strict=True):
             found[row].append(t)
         if not len(kept):
@@ -66,7 +66,7 @@ def generate(model: Any, numbers: Tensor, prompt: Sequence[int] = ()) -> list[li
 
 @torch.no_grad()
 def nll(model: Any, texts: Sequence[str], tokenizer: Any, batch: int = 16) -> float:
-    """Nats per token of texts, START at their ends included."""
+    """Nats per token of texts, END included."""
     ids = sorted(rows(texts, tokenizer, 64), key=len)
     losses = [loss_of(model, *padded(ids[i : i + batch])) for i in range(0, len(ids), batch)]
     return torch.cat(losses).double().mean().item()

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from examples.real_path import base
-from examples.real_path.base import START
+from examples.real_path.base import END, START
 from examples.real_path.data import Corpus, chosen
 
 
@@ -32,19 +32,19 @@ class Settings:
 
 
 def rows(texts: Sequence[str], tokenizer: Any, longest: int) -> list[list[int]]:
-    """Token ids of each text between two START tokens; where it was cut, without the last."""
+    """START, the token ids of each text, END; where a text is cut after `longest` tokens, without END."""
     found = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    return [[START, *ids, START][: longest + 1] for ids in found]
+    return [[*START, *ids, END][: len(START) + longest] for ids in found]
 
 
 def padded(ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """i64[texts, tokens], filled up with START; bool[texts, tokens - 1]: whether the next token is the text's."""
+    """i64[texts, tokens], filled up with END; bool[texts, tokens - 1]: whether the next token is the text's."""
     width = max(map(len, ids))
-    tokens = torch.full((len(ids), width), START)
+    tokens = torch.full((len(ids), width), END)
     real = torch.zeros((len(ids), width - 1), dtype=torch.bool)
     for i, row in enumerate(ids):
         tokens[i, : len(row)] = torch.tensor(row)
-        real[i, : len(row) - 1] = True
+        real[i, len(START) - 1 : len(row) - 1] = True
     return tokens, real
 
 

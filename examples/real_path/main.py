@@ -27,6 +27,7 @@ from examples.real_path.design import BASE, PRETRAINED, Design, Point, points
 from examples.real_path.finetune import Settings
 
 Job = tuple[str, Callable[..., None], tuple[Any, ...]]  # what is said of it, a function of this module, its arguments
+Stage = Callable[[Path, Design], list[Job]]  # what is still to be done
 
 
 def write(file: Path, value: Any) -> None:
@@ -103,7 +104,8 @@ def control(folder: Path, seed: int) -> None:
 
 def weigh(folder: Path, seed: int, design: Design) -> None:
     """What rounding makes of the weights, and whether the ends of the line have their bits."""
-    from examples.real_path.controls import STAIRS, ends_are_equal, staircase
+    from examples.real_path.controls import ends_are_equal, staircase
+    from examples.real_path.design import STAIRS
 
     ends = [folder / f"seed{seed}" / name for name in ("neg", "pos")]
     found = staircase(ends[0], ends[1], STAIRS if design.whole else (0.25,))
@@ -202,30 +204,33 @@ def measuring_jobs(folder: Path, design: Design) -> list[Job]:
     ]
 
 
-def run(jobs: Sequence[Job], workers: int) -> None:
-    """All of them; a line for each. Ends the program, if one fails."""
-    start = time.perf_counter()
+TRAINING: tuple[Stage, ...] = (converting_jobs, adapting_jobs, training_jobs)
+MEASURING: tuple[Stage, ...] = (weighing_jobs, measuring_jobs)
+
+
+def run(folder: Path, design: Design, stages: Sequence[Stage], workers: int) -> None:
+    """Stage after stage, the jobs of each side by side; a line for each. Raises: what a job raises."""
+    fetch(folder / "packages")
+    os.environ["TQDM_DISABLE"] = "1"  # of the workers: bars of several would mix
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), prepare) as pool:
-        waiting = {pool.submit(function, *arguments): said for said, function, arguments in jobs}
-        try:
-            for done, future in enumerate(as_completed(waiting), 1):
-                future.result()
-                wall = time.perf_counter() - start
-                print(f"  {wall:5.0f} s, {done} of {len(jobs)}  {waiting[future]}", flush=True)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for stage in stages:
+            start, jobs = time.perf_counter(), stage(folder, design)
+            waiting = {pool.submit(function, *arguments): said for said, function, arguments in jobs}
+            try:
+                for done, future in enumerate(as_completed(waiting), 1):
+                    future.result()
+                    wall = time.perf_counter() - start
+                    name = stage.__name__.removesuffix("_jobs")
+                    print(f"  {name} {done} of {len(jobs)}, {wall:.0f} s: {waiting[future]}", flush=True)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
 
 def walk(folder: Path, design: Design, workers: int) -> None:
-    """Every stage. Raises: MissingPackageError."""
+    """Every stage, and a note of what it took. Raises: MissingPackageError."""
     start = time.perf_counter()
-    fetch(folder / "packages")
-    for stage in (converting_jobs, adapting_jobs, training_jobs, weighing_jobs, measuring_jobs):
-        jobs = stage(folder, design)
-        if jobs:
-            print(f"{stage.__name__.removesuffix('_jobs')}: {len(jobs)} jobs, {workers} at a time", flush=True)
-            run(jobs, workers)
+    run(folder, design, (*TRAINING, *MEASURING), workers)
     spent = (read(folder / "run.json") or {}).get("wall_s", 0) + time.perf_counter() - start
     write(folder / "run.json", {"design": asdict(design), "wall_s": round(spent), "workers": workers})
 
