@@ -248,7 +248,7 @@ paper-quick: $(VENV)/.built ## the same in a minute or two: one seed, fewer step
 	@$(PY) -m examples.paper_path.sweep build/paper-quick --quick --seeds 0
 	@$(PY) -m examples.paper_path.report build/paper-quick --quick
 
-paper-real: $(VENV)/.bench ## the claim on a pretrained model of 135 M parameters, from PyPI: three seeds; renews docs/real-model
+paper-real: $(VENV)/.bench $(ORACLE_VENV)/.installed ## the claim on a pretrained model of 135 M parameters, from PyPI: three seeds; renews docs/real-model
 	@$(PY) -m examples.real_path.main build/real_path
 	@$(PY) -m examples.real_path.speed build/real_path
 	@$(PY) -m examples.real_path.report build/real_path -o docs/real-model --page docs/real-model.md

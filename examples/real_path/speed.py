@@ -11,8 +11,10 @@ import argparse
 import shutil
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,22 +76,29 @@ def outputs(neg: Path, pos: Path, work: Path) -> dict[str, Any]:
         for alpha, point in zip(LINE, made, strict=True)
         if point.path is not None
     )
-    found = {"one_read_s": once, "merges_s": one_by_one, "bytes_read": read, "same_bits": same}
-    if MERGEKIT.exists():
-        found["mergekit_s"] = mergekit(neg, pos, work)
+    found: dict[str, Any] = {"one_read_s": once, "merges_s": one_by_one, "bytes_read": read, "same_bits": same}
+    found["programs"] = programs(neg, pos, work)
     shutil.rmtree(work)
     return found
 
 
-def mergekit(neg: Path, pos: Path, work: Path) -> float:
-    """Seconds for such a checkpoint at one alpha by mergekit's program, its start included."""
+def programs(neg: Path, pos: Path, work: Path) -> dict[str, float]:
+    """Seconds for such a checkpoint at one alpha by a program, its start included; mergekit's where it is installed."""
     import yaml
 
-    recipe = work / "recipe.yml"
+    recipe, out = work / "recipe.yml", work / "program"
     recipe.write_text(yaml.safe_dump(on_line(neg, pos, 0.3, dtype="bfloat16")))
-    start = time.perf_counter()
-    subprocess.run([MERGEKIT, recipe, work / "mergekit", "--lazy-unpickle"], check=True, capture_output=True)
-    return time.perf_counter() - start
+    commands: dict[str, list[str | Path]] = {
+        "fastinterp merge": [sys.executable, "-m", "fastinterp", "merge", recipe, out]
+    }
+    if MERGEKIT.exists():
+        commands["mergekit-yaml"] = [MERGEKIT, recipe, out]
+
+    def once(command: list[str | Path]) -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        subprocess.run(command, check=True, capture_output=True)
+
+    return {name: seconds(partial(once, command), 3) for name, command in commands.items()}
 
 
 def main() -> None:
@@ -106,8 +115,7 @@ def main() -> None:
         f"{many['one_read_s']:.1f} s; by {len(LINE)} merges {many['merges_s']:.1f} s, "
         f"{'with the same bits' if many['same_bits'] else 'with OTHER bits'}"
     )
-    if "mergekit_s" in many:
-        lines.append(f"one of these checkpoints by mergekit's program: {many['mergekit_s']:.1f} s")
+    lines += [f"one of these checkpoints by `{name}`: {s:.1f} s" for name, s in many["programs"].items()]
     write(folder / "speed.json", {"steps": each, "outputs": many, "lines": lines})
     print("\n".join(lines))
 

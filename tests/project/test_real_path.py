@@ -226,6 +226,7 @@ RUN = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_page_has_every_part(tmp_path):
     results = [made_up(0), made_up(1)]
     text = report.page(results, margins.judge(results), RUN)
