@@ -2,7 +2,7 @@
 # tests in one process.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo about-test test oracle peer-suite check compare lint format werror neon cuda-check gpu-test gpu-bench bench race tool-race torture faults fuzz sanitize sanitize-quick wheel sbom hashes paper paper-quick paper-real paper-real-quick demo-live clean distclean
+.PHONY: help demo docs about-test test oracle peer-suite check compare lint format werror neon cuda-check gpu-test gpu-bench bench race tool-race torture faults fuzz sanitize sanitize-quick wheel sbom hashes paper paper-quick paper-real paper-real-quick demo-live clean distclean
 
 PYTHON ?= python3
 SIZE ?= 1b
@@ -128,6 +128,11 @@ demo: $(DEMO_VENV)/.installed ## build, install without torch, merge small model
 	@echo '  $$ . $(DEMO_VENV)/bin/activate && cd build/demo'
 	@echo '  $$ fastinterp diff chat code'
 	@echo '  $$ fastinterp interpolate chat code out/path --alpha 0:1:0.25'
+
+# Not --quiet, which would hide warnings from --strict. The theme prints an advertisement unless it is told not to.
+docs: $(VENV)/.built ## the documentation as a site, into build/site: open build/site/index.html; warnings and dead links are errors
+	@$(PY) -c "import material" 2> /dev/null || { echo "fastinterp: the tools for the site need Python 3.11.5 or newer" >&2; exit 1; }
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 test: about-test $(VENV)/.built ## the whole test suite, and before it what it takes
 	@FASTINTERP_REQUIRE=scalar $(PY) -m pytest $(SHARED)

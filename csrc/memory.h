@@ -14,4 +14,16 @@ namespace fi {
 std::vector<RowStats> combine_in_memory(const Backend& backend, const std::vector<uintptr_t>& inputs,
                                         const std::vector<uintptr_t>& outputs, const CombineArgs& args, int threads);
 
+// One of many sums with the same row. Addresses of `numel` elements each.
+struct MemorySum {
+  std::vector<uintptr_t> inputs;
+  std::vector<DType> in;
+  uintptr_t out;
+  DType out_dtype;
+  int64_t numel;
+};
+
+// Compute sums whose outputs overlap no input, rounded to nearest, without statistics. Threads as above.
+void sum_in_memory(const Backend& backend, const std::vector<MemorySum>& sums, const Row& row, int threads);
+
 }  // namespace fi

@@ -1,6 +1,6 @@
 """The native extension: kernels and the pump that feeds them. Private; arguments are checked, addresses are trusted."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastinterp.backends.cpu import PumpOptions
@@ -69,6 +69,26 @@ def combine(
     isa: str = "",
     streamed: bool | None = None,
 ) -> list[dict[str, float]]: ...
+
+class SumRow:
+    """A row of a sum of so many inputs, as kernels take it."""
+
+    def __init__(self, row: Row, inputs: int) -> None: ...
+
+class PreparedSums:
+    """Sums in memory: ((address, dtype code) of each input, that of the output, number of elements) of each."""
+
+    def __init__(self, sums: Sequence[tuple[list[tuple[int, int]], tuple[int, int], int]], isa: str = "") -> None: ...
+    def run(self, row: SumRow, threads: int) -> None:
+        """Compute all of them, with this row."""
+
+class PlainSums:
+    """Weighted sums of arrays of these types, exactly, on the CPU. codes: dtype -> code. tensors: they are torch's."""
+
+    def __init__(self, types: tuple[type, ...], codes: Mapping[Any, int | None], tensors: bool) -> None: ...
+    def sum(self, arrays: Sequence[Any], row: SumRow, out: Any, threads: Callable[[], int], followed: bool) -> bool:
+        """False, with nothing written, if anything about the arguments is to be looked at first."""
+
 def reserve(fd: int, size: int) -> None:
     """Reserve the bytes of an output file, which does not grow. Raises: OSError, if the disk is full."""
 

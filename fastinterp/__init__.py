@@ -34,12 +34,13 @@ Public names are imported on first use, so that the command line, which needs fe
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastinterp._version import __version__
 
 if TYPE_CHECKING:
     from fastinterp.api import average, explain, explain_adapters, interpolate, merge, merge_adapters
+    from fastinterp.arguments import Checkpoint
     from fastinterp.errors import (
         BackendError,
         CheckpointError,
@@ -51,34 +52,60 @@ if TYPE_CHECKING:
         StorageError,
         UsageError,
     )
-    from fastinterp.execute.report import Report
+    from fastinterp.execute.report import Report, RoundingEffect
     from fastinterp.in_memory.merge import merge_state_dicts, merge_tensors
     from fastinterp.in_memory.weighted_sum import weighted_sum
     from fastinterp.inspect.check import check
-    from fastinterp.inspect.compare import compare
+    from fastinterp.inspect.check_result import CheckResult
+    from fastinterp.inspect.compare import Comparison, compare
+    from fastinterp.inspect.explain import Explanation
+    from fastinterp.lora.explain import AdapterExplanation
     from fastinterp.lora.extract import extract_lora
-    from fastinterp.paths.path import path
+    from fastinterp.lora.report import AdapterReport
+    from fastinterp.methods import Method
+    from fastinterp.paths.path import Alpha, Alphas, Path, path
     from fastinterp.paths.points import Point
-    from fastinterp.paths.report import PathReport
-    from fastinterp.paths.sweep import sweep
+    from fastinterp.paths.report import PathPoint, PathReport
+    from fastinterp.paths.sweep import PointCallback, sweep
+    from fastinterp.progress import Progress
+    from fastinterp.recipe.document import Source
+    from fastinterp.torch_models.endpoints import Model
     from fastinterp.torch_models.live import Live
     from fastinterp.torch_models.load import load, load_into, load_iter
+    from fastinterp.verification.models import ModelPlaces
     from fastinterp.verification.replay import Replay, replay
     from fastinterp.verification.verify import Verification, verify
 
 __all__ = [
+    "AdapterExplanation",
+    "AdapterReport",
+    "Alpha",
+    "Alphas",
     "BackendError",
+    "CheckResult",
+    "Checkpoint",
     "CheckpointError",
+    "Comparison",
+    "Explanation",
     "FastinterpError",
     "Live",
+    "Method",
     "MethodError",
+    "Model",
+    "ModelPlaces",
     "OutputError",
+    "Path",
+    "PathPoint",
     "PathReport",
     "Point",
+    "PointCallback",
+    "Progress",
     "RecipeError",
     "Replay",
     "Report",
+    "RoundingEffect",
     "ShapeError",
+    "Source",
     "StorageError",
     "UsageError",
     "Verification",
@@ -106,12 +133,32 @@ __all__ = [
 
 # The module of each name; those that are missing here are in fastinterp.errors.
 _MODULES = {
+    "AdapterExplanation": "fastinterp.lora.explain",
+    "AdapterReport": "fastinterp.lora.report",
+    "Alpha": "fastinterp.paths.path",
+    "Alphas": "fastinterp.paths.path",
+    "CheckResult": "fastinterp.inspect.check_result",
+    "Checkpoint": "fastinterp.arguments",
+    "Comparison": "fastinterp.inspect.compare",
+    "Explanation": "fastinterp.inspect.explain",
     "Live": "fastinterp.torch_models.live",
+    "Method": "fastinterp.methods",
+    "Model": "fastinterp.torch_models.endpoints",
+    "ModelPlaces": "fastinterp.verification.models",
+    "Path": "fastinterp.paths.path",
+    "PathPoint": "fastinterp.paths.report",
+    "PathReport": "fastinterp.paths.report",
     "Point": "fastinterp.paths.points",
+    "PointCallback": "fastinterp.paths.sweep",
+    "Progress": "fastinterp.progress",
+    "Replay": "fastinterp.verification.replay",
+    "Report": "fastinterp.execute.report",
+    "RoundingEffect": "fastinterp.execute.report",
+    "Source": "fastinterp.recipe.document",
+    "Verification": "fastinterp.verification.verify",
     "average": "fastinterp.api",
     "check": "fastinterp.inspect.check",
     "compare": "fastinterp.inspect.compare",
-    "Report": "fastinterp.execute.report",
     "explain": "fastinterp.api",
     "explain_adapters": "fastinterp.api",
     "extract_lora": "fastinterp.lora.extract",
@@ -124,12 +171,9 @@ _MODULES = {
     "merge_state_dicts": "fastinterp.in_memory.merge",
     "merge_tensors": "fastinterp.in_memory.merge",
     "path": "fastinterp.paths.path",
-    "PathReport": "fastinterp.paths.report",
-    "Replay": "fastinterp.verification.replay",
-    "Verification": "fastinterp.verification.verify",
     "replay": "fastinterp.verification.replay",
-    "verify": "fastinterp.verification.verify",
     "sweep": "fastinterp.paths.sweep",
+    "verify": "fastinterp.verification.verify",
     "weighted_sum": "fastinterp.in_memory.weighted_sum",
 }
 
@@ -141,7 +185,9 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    value: object = getattr(import_module(_MODULES.get(name, "fastinterp.errors")), name)
+    value: Any = getattr(import_module(_MODULES.get(name, "fastinterp.errors")), name)
+    if hasattr(value, "__metadata__"):  # a type alias, Annotated[type, text]: the text is what help() shows
+        value.__doc__, value.__name__ = value.__metadata__[0], name
     globals()[name] = value  # the next use finds it without this function
     return value
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fastinterp.arguments import numbers, optional_size, overridden, path_of, size_of, without_recipe
+from fastinterp.arguments import Checkpoint, numbers, optional_size, overridden, path_of, size_of, without_recipe
 from fastinterp.checkpoint import hub, remote
 from fastinterp.checkpoint.names import is_plain, names_file
 from fastinterp.errors import UsageError
@@ -16,8 +16,9 @@ from fastinterp.methods import Method, given
 from fastinterp.ops.combine import MAX_OUTPUTS, MAX_POINTS
 from fastinterp.paths.average import average_of
 from fastinterp.paths.points import further_keys, point_name, point_path, point_recipe
-from fastinterp.plan.plan import Source, documents, make_plan, plan_documents
+from fastinterp.plan.plan import documents, make_plan, plan_documents
 from fastinterp.progress import Progress, callback_of
+from fastinterp.recipe.document import Source
 from fastinterp.recipe.load import Recipe, load_recipes
 
 if TYPE_CHECKING:
@@ -138,13 +139,13 @@ def _folder_name(document: str | None) -> str:
 
 @without_recipe
 def interpolate(
-    a: str | os.PathLike[str],
-    b: str | os.PathLike[str],
+    a: Checkpoint,
+    b: Checkpoint,
     alphas: float | Sequence[float],
     out: str | os.PathLike[str],
     *,
-    base: str | os.PathLike[str] | None = None,
-    integers: str | os.PathLike[str] | None = None,
+    base: Checkpoint | None = None,
+    integers: Checkpoint | None = None,
     tokenizer_source: str | os.PathLike[str] | None = None,
     device: str = "auto",
     threads: int | None = None,
@@ -212,7 +213,7 @@ def interpolate(
 
 @without_recipe
 def average(
-    checkpoints: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    checkpoints: Checkpoint | Iterable[Checkpoint],
     out: str | os.PathLike[str],
     *,
     weights: str = "uniform",

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import wraps
-from typing import Any, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast
 
 from fastinterp.errors import FastinterpError, UsageError
 from fastinterp.messages import with_keys_as
@@ -20,6 +20,18 @@ from fastinterp.recipe.load import CHOICES, NEAREST_CODES, Recipe
 # 4096 = 2**12 steps. Alphas that are intended to be near an end are much further away.
 DUST = 2.0**-40
 
+Checkpoint = Annotated[
+    str | os.PathLike[str],
+    """Where a checkpoint is: a name, as the command line and recipes take it.
+
+    a folder         with safetensors, files of torch.save or GGUF; a pipeline of diffusers, too
+    a file           of these kinds
+    ORG/NAME         a model on the Hugging Face Hub, where no such folder exists; ORG/NAME@REVISION
+    MODEL+ADAPTER    a model with a LoRA adapter added; each part is one of the above
+
+    docs/CHECKPOINTS.md says what is read, and what is aligned.
+    """,
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 

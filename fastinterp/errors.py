@@ -48,6 +48,10 @@ class CheckpointError(FastinterpError):
         super().__init__(f"{file}: {message}" if file else message)
 
 
+class UnreadableError(CheckpointError):
+    """A file or folder of a checkpoint that may be sound: the operating system could not open it, read it or look."""
+
+
 class ShapeError(CheckpointError):
     """Checkpoints whose shapes, dtypes or sets of tensors are not compatible."""
 

@@ -6,9 +6,15 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import TextIO
+from typing import Annotated, TextIO
 
-Progress = Callable[[int, int], None]  # called with bytes done and bytes to do, about ten times a second
+Progress = Annotated[
+    Callable[[int, int], None],
+    """A function that is called about ten times a second while work is done: fn(done, total), both in bytes.
+
+    An exception that it raises stops the work, as Ctrl-C does. `progress=True` in place of it shows a line on stderr.
+    """,
+]
 
 _RECENT_S = 5.0  # the rate is an average over this time
 _REDRAW_S = 0.1  # between two states of the line

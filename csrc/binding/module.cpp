@@ -9,78 +9,18 @@
 
 #include "../cpu/backend.h"
 #include "../decoder.h"
-#include "../memory.h"
 #include "../pump.h"
 #include "../steps/histogram.h"
 #include "parse.h"
 #include "steps.h"
+#include "sums.h"
 
 namespace py = pybind11;
 
 namespace {
 
 using fi::Backend;
-using fi::DType;
-using fi::Row;
 using fi::RowStats;
-using fi::Term;
-
-const Backend& backend(const std::string& isa) {
-  if (isa.empty()) return fi::best_backend();
-  const Backend* backend = fi::find_backend(isa.c_str());
-  if (!backend) throw py::value_error("no such instruction set in this build: " + isa);
-  if (!backend->usable()) throw py::value_error("this processor cannot run " + isa);
-  return *backend;
-}
-
-std::vector<DType> dtypes(const std::vector<int>& codes) {
-  std::vector<DType> all;
-  for (const int code : codes) all.push_back(fi::dtype_of(code));
-  return all;
-}
-
-std::vector<py::dict> combine(const std::vector<uintptr_t>& inputs, const std::vector<int>& in_dtypes,
-                              const py::sequence& py_rows, const std::vector<uintptr_t>& outputs, int out_dtype,
-                              int64_t numel, int64_t first, bool stochastic, const std::vector<uint64_t>& keys,
-                              bool fp8_saturate, int stats_every, int threads, const std::string& isa,
-                              std::optional<bool> streamed) {
-  fi::check_count(inputs.size(), fi::kMaxInputs, "inputs");
-  fi::check_count(py_rows.size(), fi::kMaxOutputs, "rows");
-  if (in_dtypes.size() != inputs.size()) throw py::value_error("as many dtypes as inputs are needed");
-  if (outputs.size() != py_rows.size()) throw py::value_error("as many outputs as rows are needed");
-  if (stochastic && keys.size() != py_rows.size()) throw py::value_error("stochastic rounding needs a key per row");
-  if (numel < 0 || first < 0) throw py::value_error("numel and first must not be negative");
-  std::vector<std::vector<Term>> terms;
-  std::vector<Row> rows;
-  for (const py::handle row_object : py_rows) {
-    fi::ParsedRow row = fi::parse_row(row_object, inputs.size());
-    terms.push_back(std::move(row.terms));
-    rows.push_back({row.pivot, int(terms.back().size()), row.total, terms.back().data()});
-  }
-  const std::vector<DType> in = dtypes(in_dtypes);
-  fi::CombineArgs args{};
-  args.in = in.data();
-  args.rows = rows.data();
-  args.keys = keys.data();
-  args.n = int(in.size());
-  args.k = int(rows.size());
-  args.out_dtype = fi::dtype_of(out_dtype);
-  args.stochastic = stochastic;
-  args.fp8_saturate = fp8_saturate;
-  args.stats_every = stats_every;
-  args.first = first;
-  args.numel = numel;
-  args.streamed = streamed.value_or(fi::worth_streaming(int64_t(outputs.size()) * numel * fi::size_of(args.out_dtype)));
-  const Backend& chosen = backend(isa);
-  std::vector<RowStats> stats;
-  {
-    const py::gil_scoped_release release;
-    stats = fi::combine_in_memory(chosen, inputs, outputs, args, threads);
-  }
-  std::vector<py::dict> dicts;
-  for (const RowStats& s : stats) dicts.push_back(fi::as_dict(s));
-  return dicts;
-}
 
 // From a PumpOptions of Python.
 fi::PumpOptions options_of(const py::object& object) {
@@ -102,7 +42,7 @@ fi::PumpOptions options_of(const py::object& object) {
 std::unique_ptr<fi::Pump> make_pump(const py::sequence& py_sources, const py::sequence& py_sinks,
                                     const py::sequence& py_steps, const py::object& py_options) {
   const fi::PumpOptions options = options_of(py_options);
-  const Backend& chosen = backend(py_options.attr("isa").cast<std::string>());
+  const Backend& chosen = fi::backend_named(py_options.attr("isa").cast<std::string>());
   std::vector<fi::Source> sources = fi::handles_of<fi::Source>(py_sources);
   std::vector<fi::Sink> sinks = fi::handles_of<fi::Sink>(py_sinks);
   std::vector<fi::Step> steps;
@@ -163,7 +103,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("LANES") = fi::kLanes;
   m.attr("BLOCK_ROWS") = fi::kBlockRows;
   py::list widths;
-  for (int code = 0; code < fi::kDTypes; ++code) widths.append(fi::size_of(DType(code)));
+  for (int code = 0; code < fi::kDTypes; ++code) widths.append(fi::size_of(fi::DType(code)));
   m.attr("DTYPE_BYTES") = py::tuple(widths);
 
   m.def(
@@ -184,13 +124,6 @@ PYBIND11_MODULE(_C, m) {
       },
       "Instruction sets in this build, best first.");
 
-  m.def("combine", &combine, py::arg("inputs"), py::arg("in_dtypes"), py::arg("rows"), py::arg("outputs"),
-        py::arg("out_dtype"), py::arg("numel"), py::kw_only(), py::arg("first") = 0, py::arg("stochastic") = false,
-        py::arg("keys") = std::vector<uint64_t>{}, py::arg("fp8_saturate") = true, py::arg("stats_every") = 32,
-        py::arg("threads") = 1, py::arg("isa") = "", py::arg("streamed") = py::none(),
-        "Weighted sums of arrays in memory, by address. The caller answers for the addresses. streamed: store the "
-        "outputs around the caches; None decides by their size.");
-
   m.def("register_decoder", &register_decoder, py::arg("name"), py::arg("decode"), py::arg("block_elements"),
         py::arg("block_bytes"),
         "Add a decoder, or replace one that was added: the address of a function as csrc/decoder.h has it.");
@@ -198,6 +131,8 @@ PYBIND11_MODULE(_C, m) {
   fi::bind_answers(m);
   fi::bind_range_cache(m);
   fi::bind_files(m);
+  fi::bind_sums(m);
+  fi::bind_plain_sums(m);
   py::class_<fi::Pump>(m, "Pump", "Reads, combines and writes steps on its own threads.")
       .def(py::init(&make_pump), py::arg("sources"), py::arg("sinks"), py::arg("steps"), py::arg("options"))
       .def("start", &fi::Pump::start)

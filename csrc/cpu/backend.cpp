@@ -11,7 +11,8 @@ namespace fi {
 namespace {
 
 const Backend* const kBackends[] = {
-#if defined(__x86_64__)
+#if defined(FI_BASELINE)
+#elif defined(__x86_64__)
     &avx512::kBackend,
     &avx2::kBackend,
 #elif defined(__aarch64__)

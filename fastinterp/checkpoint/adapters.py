@@ -20,6 +20,7 @@ from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.checkpoint.remedies import literal, python, saved_tokenizer
 from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.messages import listed
+from fastinterp.presence import is_file
 
 ADAPTER_CONFIG = "adapter_config.json"  # as peft saves it, beside adapter_model.safetensors
 
@@ -135,7 +136,7 @@ def find_adapter(
     modules = {str(match["module"]) for match in found.values()}
     of_peft = len(peft) == len(tensors)
     whole = not kohya and _has_weights(tensors, adapter, modules, peft=of_peft)
-    if whole and of_peft and config_file is not None and config_file.is_file():
+    if whole and of_peft and config_file is not None and is_file(config_file):
         whole = not _has_embeddings_only(tensors, adapter)
     config = read_adapter_config(config_file) if config_file is not None and not whole and not kohya else {}
     style = "kohya" if kohya else "peft" if len(peft) == len(tensors) or config else ""
@@ -186,7 +187,7 @@ def _base_weights(module: str, tensors: Mapping[str, Header]) -> bool:
 
 def read_adapter_config(path: Path) -> dict[str, Any]:
     """adapter_config.json; empty, if it is not there. Raises: CheckpointError, if it is damaged."""
-    if not path.is_file():
+    if not is_file(path):
         return {}
     return parse_object(read_regular(str(path), MAX_HEADER).lstrip(), "the adapter's configuration", str(path))
 

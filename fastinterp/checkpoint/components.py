@@ -6,7 +6,6 @@ Such a folder is opened as one checkpoint, in which the names of tensors begin w
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,8 @@ from fastinterp.checkpoint.header import MAX_HEADER
 from fastinterp.checkpoint.names import is_relative, listing, quote
 from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.checkpoint.strict_json import parse_json, parse_object
-from fastinterp.errors import CheckpointError
+from fastinterp.errors import CheckpointError, UnreadableError
+from fastinterp.presence import is_file, is_folder
 
 PIPELINE, MODULES = "model_index.json", "modules.json"
 
@@ -39,7 +39,7 @@ def find_components(root: Path, present: Sequence[str]) -> Found:
     Raises: CheckpointError, if the file that names them is damaged.
     """
     named = _of_pipeline(root) if PIPELINE in present else _of_modules(root)
-    there = [folder for folder in named if os.path.isdir(root / folder)]
+    there = [folder for folder in named if is_folder(root / folder)]
     missing = [folder for folder in named if folder not in there] if PIPELINE in present else []
     remarks = (f"{PIPELINE} names {listing(missing)}, but there is no such folder",) if missing else ()
     return Found(tuple(folder for folder in there if has_weights(root / folder)), remarks)
@@ -50,9 +50,11 @@ def named_folders(root: Path) -> tuple[str, ...]:
     or not.
     """
     try:
-        if (root / PIPELINE).is_file():
+        if is_file(root / PIPELINE):
             return tuple(_of_pipeline(root))
-        return tuple(f for f in _of_modules(root) if f) if (root / MODULES).is_file() else ()
+        return tuple(f for f in _of_modules(root) if f) if is_file(root / MODULES) else ()
+    except UnreadableError:
+        raise
     except CheckpointError:
         return ()
 

@@ -9,6 +9,7 @@ from fastinterp.checkpoint.quantisation_config import declared_method
 from fastinterp.checkpoint.remedies import literal, python
 from fastinterp.checkpoint.sidecar_files import CONFIG, read_config
 from fastinterp.errors import CheckpointError
+from fastinterp.presence import is_file
 
 _NEW = "NEW"  # what the commands write
 
@@ -58,7 +59,7 @@ def command(format: str, root: Path) -> str:
         return ""
     needs = (
         "with the `quantization_config` of the model's config.json"
-        if (root / CONFIG).is_file()
+        if is_file(root / CONFIG)
         else ("which needs the model's config.json beside the weights")
     )
     return f"with {program}, {needs}"

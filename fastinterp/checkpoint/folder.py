@@ -21,7 +21,7 @@ from fastinterp.checkpoint.names import (
     listing,
     quote,
 )
-from fastinterp.errors import CheckpointError
+from fastinterp.errors import CheckpointError, UnreadableError
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model", "adapter_config.json"  # as peft saves them
 MODEL, DIFFUSERS = "model", "diffusion_pytorch_model"  # the stems that transformers and diffusers load
@@ -71,7 +71,7 @@ def names_in(root: Path) -> list[str]:
     try:
         return sorted(n for n in {*os.listdir(root), *remote.names_in(root)} if not n.startswith("."))
     except OSError as error:
-        raise CheckpointError(f"the folder cannot be read: {error.strerror}", file=str(root)) from None
+        raise UnreadableError(f"the folder cannot be read: {error.strerror}", file=str(root)) from None
 
 
 def weight_files(present: Sequence[str]) -> list[str]:

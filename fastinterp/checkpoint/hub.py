@@ -19,8 +19,10 @@ from typing import Any
 from fastinterp.checkpoint import remote
 from fastinterp.checkpoint.hub_download import HubFiles, Snapshot, first_line
 from fastinterp.checkpoint.names import GGUF, OTHER_WEIGHTS, PICKLES, WEIGHTS, shell_word
+from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.errors import CheckpointError, StorageError
 from fastinterp.messages import counted, size, tell
+from fastinterp.presence import exists, is_file, is_folder
 
 # Small files that may belong to a model, its code among them, which is never run.
 SMALL = (
@@ -43,6 +45,7 @@ _COMMIT = re.compile("[0-9a-f]{40}")
 _MOST_UNKNOWN = 20  # ids that the Hub does not know, after which no more are looked up
 _AT_ONCE = 8  # small files that are fetched at the same time
 _TIMEOUT_S = 15.0  # of a look-up
+_LARGEST_REF = 1000  # bytes of a file of the cache with the commit of a branch or tag
 
 
 def parse(name: str) -> tuple[str, str | None] | None:
@@ -178,7 +181,7 @@ def _note_commit(folder: Path, revision: str, commit: str) -> None:
         return
     path = folder / "refs" / revision
     try:
-        if path.is_file() and path.read_text() == commit:
+        if is_file(path) and path.read_text() == commit:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f"{path.name}.{os.getpid()}.incomplete")
@@ -194,15 +197,15 @@ def _cached(repo: str, revision: str | None, why: str) -> Snapshot:
 
     folder = _cache_of(repo)
     wanted = revision or constants.DEFAULT_REVISION
+    ref = folder / "refs" / wanted
     try:
-        ref = folder / "refs" / wanted
-        commit = ref.read_text().strip() if ref.is_file() else wanted
-        root = folder / "snapshots" / commit
-        if _is_safe(commit) and "/" not in commit and root.is_dir():
-            remote.forget(root)
-            return Snapshot(repo, revision, commit, root)
-    except (OSError, ValueError):
-        pass
+        commit = read_regular(str(ref), _LARGEST_REF).decode().strip() if is_file(ref) else wanted
+    except UnicodeDecodeError:
+        commit = ""
+    root = folder / "snapshots" / commit
+    if commit and _is_safe(commit) and "/" not in commit and is_folder(root):
+        remote.forget(root)
+        return Snapshot(repo, revision, commit, root)
     where = f"the local cache ({constants.HF_HUB_CACHE}) does not hold it"
     raise NotAsked(f"{why}, and {where}. {download(repo, revision)}", file=repo)
 
@@ -225,7 +228,7 @@ def take(snapshot: Snapshot, folders: Sequence[str] = ("",), weights: Sequence[s
     names = [name for name in snapshot.sizes if name.rpartition("/")[0] in folders]
     small = [n for n in names if is_small(n, snapshot.sizes[n])]
     heavy = [n for n in names if any(fnmatchcase(n.rpartition("/")[2], pattern) for pattern in weights)]
-    lacking = [n for n in small if not (snapshot.root / n).exists()]
+    lacking = [n for n in small if not exists(snapshot.root / n)]
     there = [n for n in heavy if not remote.exists(snapshot.root / n)]
     if lacking or there:
         tell(_about(snapshot, lacking, there))

@@ -13,6 +13,7 @@ from typing import Any
 from fastinterp.checkpoint import remote
 from fastinterp.errors import CheckpointError, StorageError
 from fastinterp.messages import counted, size, tell
+from fastinterp.presence import exists, is_file
 
 _AT_ONCE = 4  # files of weights that are downloaded at the same time
 _TICK_S = 0.1
@@ -93,7 +94,7 @@ class HubFiles:
         with remote.progress() as shown:
             self._download(names, _AT_ONCE, lambda done: shown(min(done, total), total))
         for path in paths:
-            if not path.is_file():
+            if not is_file(path):
                 raise StorageError(f"{snapshot.id}: {path.name} was downloaded, but is not at {path}")
 
     def _download(self, names: Sequence[str], at_once: int, report: Callable[[int], None]) -> None:
@@ -194,7 +195,7 @@ def _free(folder: Path) -> int:
     """Bytes that are free on the disk of a folder, which need not be there yet."""
     import shutil  # takes milliseconds: not on the path of models that are here
 
-    while not folder.exists() and folder != folder.parent:
+    while not exists(folder) and folder != folder.parent:
         folder = folder.parent
     try:
         return shutil.disk_usage(folder).free

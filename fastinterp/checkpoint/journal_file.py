@@ -19,7 +19,8 @@ from typing import TypeVar
 import msgspec
 
 from fastinterp.checkpoint.regular_file import open_regular
-from fastinterp.errors import CheckpointError
+from fastinterp.errors import CheckpointError, UnreadableError
+from fastinterp.presence import is_there
 
 T = TypeVar("T")
 BEGIN, GOES_ON, SUBFOLDER = "begin", "goes-on", "subfolder"
@@ -156,9 +157,10 @@ def state_of(path: Path) -> str | None:
     Raises: CheckpointError, if it is no regular file or cannot be read.
     """
     try:
-        os.lstat(path)
-    except OSError:
-        return None
+        if not is_there(path):
+            return None
+    except OSError as error:
+        raise UnreadableError(f"it cannot be looked at: {error.strerror}", file=str(path)) from None
     fd, size = open_regular(str(path))
     try:
         length = min(size, _TAIL)

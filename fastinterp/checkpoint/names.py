@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from fastinterp.errors import UsageError
 from fastinterp.messages import listed, plain
+from fastinterp.presence import is_folder
 
 WEIGHTS = ".safetensors"
 INDEX = ".safetensors.index.json"
@@ -98,7 +99,7 @@ def names_file(out: str) -> str:
     if name.endswith(INDEX):
         stem, suffix = name.removesuffix(INDEX), INDEX
     meant = suffix == INDEX or suffix.lower() in (*PICKLES, *OTHER_WEIGHTS, GGUF, ".sft") or _nearly_weights(suffix)
-    if not (meant or out == "-") or os.path.isdir(out):
+    if not (meant or out == "-") or is_folder(out):
         return ""
     if out == "-":
         raise UsageError("`-` is no output: checkpoints are not written to stdout. Give a folder, or NAME.safetensors")

@@ -13,18 +13,19 @@ from fastinterp.checkpoint.folder import ADAPTER
 from fastinterp.checkpoint.journal_file import temporary_of
 from fastinterp.checkpoint.names import OTHER_WEIGHTS, PICKLES, WEIGHTS, listing, quote
 from fastinterp.checkpoint.unfinished import about_unfinished
+from fastinterp.presence import is_folder, names_at
 
 
 def no_weights(name: str, root: Path, present: Sequence[str]) -> str:
     """What is there instead, and what to do about it."""
     if other := _other_weights(name, root, present):
         return other
-    below = [n for n in present if (root / n).is_dir() and has_weights(root / n)]
+    below = [n for n in present if is_folder(root / n) and has_weights(root / n)]
     if below:
         return f"the folder itself has no {WEIGHTS} file, but {listing(below)} in it do: name one of them"
     if unfinished := about_unfinished(root):
         return f"the folder has no {WEIGHTS} file: {unfinished}"
-    if any(temporary_of(n) for n in os.listdir(root)):
+    if any(temporary_of(n) for n in names_at(root)):
         return f"the folder has no {WEIGHTS} file, only those of a merge that did not finish: run it again"
     if not present:
         return f"the folder has no {WEIGHTS} file; it is empty"
@@ -42,7 +43,8 @@ def _other_weights(name: str, root: Path, present: Sequence[str]) -> str:
     if any(n.endswith(".distcp") for n in present):
         return remedies.dcp_folder(root)
     # As FSDP's trainers save: a folder for the model, others for its optimizer.
-    for part in (n for n in present if not n.startswith("optimizer") and any((root / n).glob("*.distcp"))):
+    folders = [n for n in present if not n.startswith("optimizer") and is_folder(root / n)]
+    for part in (n for n in folders if any(file.endswith(".distcp") for file in names_at(root / n))):
         return f"in {quote(part)}, {remedies.dcp_folder(root / part)}"
     if pickles := [n for n in present if n.endswith(PICKLES)]:
         return f"{only} {listing(pickles)}, which by their names hold no weights. If one does: name {root / pickles[0]}"

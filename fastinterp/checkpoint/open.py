@@ -41,8 +41,9 @@ from fastinterp.checkpoint.no_weights import no_weights
 from fastinterp.checkpoint.regular_file import Stamp, stamp_of
 from fastinterp.checkpoint.sidecar_files import CONFIG, json_or_empty
 from fastinterp.checkpoint.unfinished import about_unfinished, read_steady
-from fastinterp.errors import CheckpointError
+from fastinterp.errors import CheckpointError, UnreadableError
 from fastinterp.messages import closest, listed
+from fastinterp.presence import exists, is_file, is_folder
 
 if TYPE_CHECKING:
     from fastinterp.checkpoint.gguf_keys import GgufHeader
@@ -110,9 +111,9 @@ def open_checkpoint(name: str) -> Checkpoint:
     Raises: CheckpointError, naming file and tensor, if it is missing, damaged, ambiguous or empty.
     """
     path = Path(os.path.expanduser(name))
-    if name.strip() and os.path.isdir(path):
+    if name.strip() and is_folder(path):
         return read_steady(name, path, lambda: _open_folder(name, path), lambda found: not changed_since(found))
-    if name.strip() and os.path.exists(path):
+    if name.strip() and exists(path):
         return read_steady(name, path.parent, lambda: _open_file(name, path), lambda found: not changed_since(found))
     from fastinterp.checkpoint import hub
 
@@ -123,6 +124,8 @@ def open_checkpoint(name: str) -> Checkpoint:
         raise CheckpointError(f"there is no such folder or file.{_similar(path)}", file=name or "''")
     try:
         snapshot = hub.find(*parsed)
+    except UnreadableError:
+        raise
     except CheckpointError as error:
         raise CheckpointError(
             f"there is no such folder here.{_similar(path)} As a Hub id: {error.message}", file=name
@@ -139,7 +142,7 @@ def open_checkpoint(name: str) -> Checkpoint:
     try:
         checkpoint = _open_folder(name, root)
     except CheckpointError as error:
-        if snapshot.sizes is not None:
+        if snapshot.sizes is not None or isinstance(error, UnreadableError):
             raise
         message = f"{error.message}. Nothing was fetched, since {hub.offline()}. {hub.download(*parsed)}"
         raise CheckpointError(message, file=error.file, tensor=error.tensor) from error
@@ -225,13 +228,13 @@ def _lacks_weights(root: Path, folder: str) -> bool:
     """Whether a folder in that of a model has no .safetensors files: it may have others. Empty: `root` itself. One
     without a configuration, as of a tokenizer, is not expected to have any.
     """
-    expected = not folder or (root / folder / CONFIG).is_file()
+    expected = not folder or is_file(root / folder / CONFIG)
     return expected and not weight_files(names_in(root / folder))
 
 
 def _template_folders(root: Path) -> tuple[str, ...]:
     """The folder in which transformers keeps chat templates beside the one of chat_template.jinja."""
-    return (TEMPLATES,) if (root / "chat_template.jinja").is_file() else ()
+    return (TEMPLATES,) if is_file(root / "chat_template.jinja") else ()
 
 
 def _open_folder(name: str, root: Path) -> Checkpoint:

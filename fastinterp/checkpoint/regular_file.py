@@ -11,7 +11,8 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fastinterp.errors import CheckpointError, StorageError
+from fastinterp.errors import CheckpointError, StorageError, UnreadableError
+from fastinterp.presence import info_of
 
 Stamp = tuple[int, int, int, int]  # size in bytes, mtime in ns, ctime in ns, inode
 _PIECE = 4 << 20  # bytes that are read at a time of files that are copied
@@ -19,11 +20,9 @@ CHANGED = "it changed while it was being read. Retry once nothing is writing to 
 
 
 def stamp_of(path: str | os.PathLike[str]) -> Stamp | None:
-    """What tells a file from a changed or replaced one; None, if there is none."""
-    try:
-        return _stamp(os.stat(path))
-    except OSError:
-        return None
+    """What tells a file from a changed or replaced one; None, if there is none. Raises: UnreadableError."""
+    info = info_of(path)
+    return None if info is None else _stamp(info)
 
 
 def _stamp(info: os.stat_result) -> Stamp:
@@ -33,15 +32,18 @@ def _stamp(info: os.stat_result) -> Stamp:
 def open_regular(file: str) -> tuple[int, int]:
     """A descriptor for reading `file`, which the caller closes, and the size in bytes.
 
-    Raises: CheckpointError, naming `file`, if it cannot be opened or is not a regular file.
+    Raises: CheckpointError, naming `file`, if it is missing or not a regular file; UnreadableError, if it cannot be
+    opened.
     """
     try:
         # O_NONBLOCK: a named pipe must not hang the opening; it is refused below.
         fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:
         raise CheckpointError("the file does not exist", file=file) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"the file cannot be opened: {getattr(error, 'strerror', error)}", file=file) from None
+    except ValueError as error:  # a NUL, or no valid Unicode
+        raise CheckpointError(f"the file cannot be opened: {error}", file=file) from None
+    except OSError as error:
+        raise UnreadableError(f"the file cannot be opened: {error.strerror}", file=file) from None
     try:
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode):
@@ -58,8 +60,7 @@ def open_regular(file: str) -> tuple[int, int]:
 def _regular(file: str) -> Iterator[tuple[int, int]]:
     """A context manager: a descriptor for reading `file` in the block, and the size in bytes.
 
-    Raises: CheckpointError, naming `file`, if it cannot be opened, is not a regular file, or an OSError is raised in
-    the block.
+    Raises: what open_regular does; UnreadableError, too, if an OSError is raised in the block.
     """
     fd, size = open_regular(file)
     try:
@@ -71,17 +72,8 @@ def _regular(file: str) -> Iterator[tuple[int, int]]:
         raise _unreadable(error, file) from None
 
 
-def _unreadable(error: OSError, file: str) -> CheckpointError:
-    return CheckpointError(f"the file cannot be read: {error.strerror}", file=file)
-
-
-def is_there(path: str | os.PathLike[str]) -> bool:
-    """Whether there is anything of this name, a broken link too. Raises: OSError, where os.path.lexists says no."""
-    try:
-        os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
+def _unreadable(error: OSError, file: str) -> UnreadableError:
+    return UnreadableError(f"the file cannot be read: {error.strerror}", file=file)
 
 
 def close(fd: int, path: str | os.PathLike[str]) -> None:
@@ -130,7 +122,7 @@ def read_regular(file: str, limit: int = 2**63) -> bytes:
             content += part
         after = _stamp(os.fstat(fd))
     if len(content) != size or before != after:
-        raise CheckpointError(CHANGED, file=file)
+        raise UnreadableError(CHANGED, file=file)
     return bytes(content)
 
 
@@ -141,7 +133,7 @@ def pieces_of(file: str) -> Iterator[bytes]:
         for at in range(0, size, _PIECE):
             yield read_at(fd, file, at, min(_PIECE, size - at))
         if _stamp(os.fstat(fd)) != before:
-            raise CheckpointError(CHANGED, file=file)
+            raise UnreadableError(CHANGED, file=file)
 
 
 def write_all(fd: int, data: bytes, offset: int) -> None:

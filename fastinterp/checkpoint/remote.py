@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Protocol
 
 from fastinterp.checkpoint.regular_file import open_regular, read_at
-from fastinterp.errors import CheckpointError
+from fastinterp.errors import UnreadableError
+from fastinterp.presence import exists as exists_here
 
 _AHEAD = 64 << 10  # bytes that are fetched at least, since a header is read in several small pieces
 _KEPT, _LARGEST_KEPT = 16, 1 << 20  # pieces of a file that are kept, and bytes of each
@@ -67,17 +68,17 @@ def forget(folder: Path) -> None:
 def find(path: str | os.PathLike[str]) -> RemoteFile | None:
     """The file elsewhere that a path stands for; None, if the path is one of the disk."""
     file = _files.get(Path(path)) if _files else None
-    return None if file is None or os.path.exists(path) else file
+    return None if file is None or exists_here(path) else file
 
 
 def names_in(folder: Path) -> list[str]:
     """The names of the files elsewhere that are registered in a folder, and not on the disk."""
-    return [path.name for path in _files if path.parent == folder and not os.path.exists(path)]
+    return [path.name for path in _files if path.parent == folder and not exists_here(path)]
 
 
 def exists(path: Path) -> bool:
     """Whether a file is there, or elsewhere."""
-    return os.path.exists(path) or find(path) is not None
+    return exists_here(path) or find(path) is not None
 
 
 def fetch(paths: Iterable[Path]) -> None:
@@ -181,12 +182,17 @@ def opened(file: str) -> Iterator[Readable]:
         finally:
             source.close()
     except OSError as error:
-        raise CheckpointError(f"the file cannot be read: {error.strerror}", file=file) from None
+        raise UnreadableError(f"the file cannot be read: {error.strerror}", file=file) from None
 
 
 def read_from(source: Readable, path: str | os.PathLike[str], offset: int, count: int) -> bytes:
     """`count` bytes of an open file from `offset` on. Raises: what read_at of regular_file.py does."""
     return read_at(source.fd, path, offset, count) if isinstance(source, _Local) else source.pread(count, offset)
+
+
+def read_up_to(source: Readable, path: str | os.PathLike[str], offset: int, count: int) -> bytes:
+    """As many of these bytes as the file had when it was opened. Raises: what read_from does."""
+    return read_from(source, path, offset, max(0, min(count, source.size - offset)))
 
 
 class _Local:

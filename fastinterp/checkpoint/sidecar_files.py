@@ -13,9 +13,10 @@ from fastinterp.checkpoint.header import MAX_HEADER
 from fastinterp.checkpoint.names import GGUF, OTHER_WEIGHTS, PICKLES, PIPELINES, WEIGHTS, quote, shell_word
 from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.checkpoint.strict_json import parse_json, parse_object
-from fastinterp.errors import CheckpointError
+from fastinterp.errors import CheckpointError, UnreadableError
 from fastinterp.messages import listed
 from fastinterp.ops.dtypes import DType
+from fastinterp.presence import is_file
 
 CONFIG = "config.json"
 _TOKENIZER = (
@@ -71,11 +72,8 @@ def read_config(root: Path) -> dict[str, Any] | None:
     Raises: CheckpointError, if it is damaged or cannot be read.
     """
     path = root / CONFIG
-    try:
-        if not path.is_file():
-            return None
-    except OSError as error:
-        raise CheckpointError(f"it cannot be read: {error.strerror}", file=str(path)) from None
+    if not is_file(path):
+        return None
     return parse_object(read_regular(str(path), MAX_HEADER).lstrip(), "the model configuration", str(path))
 
 
@@ -85,7 +83,7 @@ _NAMED_FILE = "transformers_weights"  # of config.json: which file transformers 
 
 def named_file(root: Path) -> str | None:
     """The file or index of weights that config.json in the folder names, by which transformers goes; None, if it does
-    not name one, or cannot be read.
+    not name one, or is damaged. Raises: UnreadableError.
     """
     name = json_or_empty(root / CONFIG).get(_NAMED_FILE)
     return name if isinstance(name, str) else None
@@ -99,9 +97,14 @@ def without_named_file(config: bytes, file: str = CONFIG) -> bytes:
 
 
 def json_or_empty(path: Path) -> dict[str, Any]:
-    """The JSON object in a file that is only looked at: empty, if there is none, or if it is damaged."""
+    """The JSON object in a file that is only looked at: empty, if there is none, or if it is damaged.
+
+    Raises: UnreadableError, if there is one that cannot be read.
+    """
     try:
         return parse_object(read_regular(str(path), MAX_HEADER).lstrip(), path.name, str(path))
+    except UnreadableError:
+        raise
     except CheckpointError:
         return {}
 

@@ -15,12 +15,13 @@ from fastinterp.errors import CheckpointError, FastinterpError, RecipeError
 
 if TYPE_CHECKING:
     from fastinterp.inspect.check_result import CheckResult, Finding
-    from fastinterp.plan.plan import Source
+    from fastinterp.recipe.document import Source
 
 RECIPE_KEYS = ("dtype", "rounding", "seed", "missing", "channels", "quantize")  # options that replace a recipe's keys
 OUTCOME = (
     "fastinterp.outcome"  # key in click's Context.meta: list[str], notes about the output for the message of a failure
 )
+_SHOWN = 3  # models in the name of a merge that has no recipe
 FOUND = (
     "fastinterp.found"  # key in click's Context.meta: CheckResult, with all errors of the recipe of a failed command
 )
@@ -30,7 +31,8 @@ FOUND = (
 def told_together(recipe: Source | None, keys: Mapping[str, Any] | None = None) -> Iterator[None]:
     """Context manager: if the recipe or its models end the command with an error, all their errors are told.
 
-    recipe  as of `merge`; None: there is none. Of a mapping, which no user wrote, places are not told
+    recipe  as of `merge`; None: there is none. Of a mapping, which no user wrote, places are not told, and its name is
+            that of the command, with the models
     keys    options of the command, of which those of RECIPE_KEYS, where given, change the recipe
     """
     try:
@@ -38,13 +40,17 @@ def told_together(recipe: Source | None, keys: Mapping[str, Any] | None = None) 
     except (RecipeError, CheckpointError):
         if recipe is not None and _readable_again(recipe):
             from fastinterp.inspect.check import check_with
+            from fastinterp.messages import listed
 
             given = {key: value for key, value in (keys or {}).items() if key in RECIPE_KEYS}
             with suppress(FastinterpError):  # the error that ended the command is told
                 found = check_with(recipe, given)
+                context = click.get_current_context()
                 if isinstance(recipe, Mapping):
-                    found = replace(found, errors=tuple(replace(f, path=None, line=None) for f in found.errors))
-                click.get_current_context().meta[FOUND] = found
+                    name = f"{context.command_path} of {listed([m['model'] for m in recipe['models']], _SHOWN)}"
+                    errors = tuple(replace(f, path=None, line=None) for f in found.errors)
+                    found = replace(found, errors=errors, name=name)
+                context.meta[FOUND] = found
         raise
 
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import click
 
 from fastinterp.errors import UsageError
+from fastinterp.presence import exists, is_folder
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -79,8 +80,8 @@ def _is_checkpoint(name: str) -> bool:
     """Whether this names a folder, a file of weights, or one of them with adapters."""
     from fastinterp.checkpoint.names import GGUF, PICKLES, WEIGHTS
 
-    path = os.path.expanduser(name.partition("+")[0] if not os.path.exists(name) else name)
-    return "\n" not in name and (os.path.isdir(path) or path.endswith((WEIGHTS, GGUF, *PICKLES)))
+    path = os.path.expanduser(name.partition("+")[0] if not exists(name) else name)
+    return "\n" not in name and (is_folder(path) or path.endswith((WEIGHTS, GGUF, *PICKLES)))
 
 
 def out_option(text: str, metavar: str = "OUT") -> Callable[[F], F]:

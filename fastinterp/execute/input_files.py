@@ -10,7 +10,7 @@ from pathlib import Path
 from fastinterp.backends.cpu import xxh3
 from fastinterp.checkpoint.checksum import stated_checksum
 from fastinterp.checkpoint.open import Checkpoint
-from fastinterp.checkpoint.remote import Readable, open_readable
+from fastinterp.checkpoint.remote import open_readable, read_up_to
 from fastinterp.execute.sources import storage
 from fastinterp.output.receipt import InputFile, hexadecimal
 from fastinterp.plan.plan import Plan
@@ -52,24 +52,12 @@ def _file(path: Path, name: str, start: int) -> InputFile:
     """start: of its data, as far as that is known: the bytes before it are the header"""
     with storage(path), closing(open_readable(str(path))) as file:
         size = file.size
-        header = _read(file, 0, min(start, _MOST_HEADER))
+        header = read_up_to(file, path, 0, min(start, _MOST_HEADER))
         file.expect([(at, SAMPLE_BYTES) for at in _places(start, size)])
-        sample = b"".join(_read(file, at, SAMPLE_BYTES) for at in _places(start, size))
+        sample = b"".join(read_up_to(file, path, at, SAMPLE_BYTES) for at in _places(start, size))
     return InputFile(name, size, hexadecimal(xxh3(header)), hexadecimal(xxh3(sample)))
 
 
 def _places(start: int, size: int) -> Sequence[int]:
     span = max(0, size - start - SAMPLE_BYTES)
     return sorted({start + span * k // (SAMPLES - 1) for k in range(SAMPLES)})
-
-
-def _read(file: Readable, offset: int, size: int) -> bytes:
-    """As many of the bytes as there are."""
-    parts = []
-    while size:
-        part = file.pread(size, offset)
-        if not part:
-            break
-        parts.append(part)
-        offset, size = offset + len(part), size - len(part)
-    return b"".join(parts)

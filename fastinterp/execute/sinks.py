@@ -115,7 +115,11 @@ class FileSinks:
         for k, file, shown, checksum in self._opened:
             with storage(shown, OutputError):
                 os.truncate(checksum.fd, file.size)  # where it ends with bytes that no tensor has
-                header, finished[k][file.name] = finished_file(file, checksum.regions(threads))
+                try:
+                    regions = checksum.regions(threads)
+                except ValueError:
+                    raise OutputError(f"{shown}: it became shorter while it was being written") from None
+                header, finished[k][file.name] = finished_file(file, regions)
                 write_all(checksum.fd, header, 0)
         return finished
 

@@ -16,10 +16,12 @@ from fastinterp.checkpoint.checksum import stated_checksum
 from fastinterp.checkpoint.file_kinds import read_header
 from fastinterp.checkpoint.names import quote, shell_word
 from fastinterp.checkpoint.open import Checkpoint
-from fastinterp.errors import CheckpointError
+from fastinterp.checkpoint.regular_file import CHANGED
+from fastinterp.errors import CheckpointError, UnreadableError
 from fastinterp.execute.sources import storage
 from fastinterp.messages import size as shown_size
 from fastinterp.output.receipt import RECEIPT, WeightsFile, hexadecimal, read_receipt
+from fastinterp.presence import is_file
 
 
 def refuse_torn(checkpoint: Checkpoint, sampled: int = 0) -> None:
@@ -47,9 +49,11 @@ def refuse_torn(checkpoint: Checkpoint, sampled: int = 0) -> None:
 def _weights_of(root: Path, part: Path) -> Mapping[str, WeightsFile]:
     """The files of weights that the receipt of a folder lists; none, if there is no receipt that can be read."""
     for folder in dict.fromkeys((root, part)):
-        if (folder / RECEIPT).is_file():
+        if is_file(folder / RECEIPT):
             try:
                 return read_receipt(str(folder / RECEIPT)).weights
+            except UnreadableError:
+                raise
             except CheckpointError:
                 return {}
     return {}
@@ -82,6 +86,8 @@ def refuse_torn_file(
             stated = stated_checksum(read_header(path, 0).metadata)
             if stated is not None and sum(checksum(fd, start, size)) % 2**64 != stated:
                 raise _torn(path, holes, start, size, checkpoint)
+        except ValueError:
+            raise UnreadableError(CHANGED, file=str(path)) from None
         finally:
             os.close(fd)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from fastinterp.backends.cpu import Handle, PumpOptions
+from fastinterp.backends.cpu import Handle, PumpOptions, SumRow
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.backends.torch_device import capturing, current_queue, device_of, is_followed
 from fastinterp.errors import CheckpointError, MethodError, ShapeError, StorageError, UsageError
@@ -21,8 +21,9 @@ from fastinterp.execute.sources import Sources
 from fastinterp.in_memory.arrays import ArrayView, stored_dtype
 from fastinterp.in_memory.inputs import Arrays, Inputs, View, operand_of, text
 from fastinterp.in_memory.parameters import resolved
+from fastinterp.in_memory.plain_sums import plain_sum
 from fastinterp.methods import Method, Sidecar, find
-from fastinterp.ops.combine import Combine, Tensor, philox_key
+from fastinterp.ops.combine import Combine, Tensor, check_coefficients, philox_key
 from fastinterp.ops.dtypes import DType, parse_dtype, promoted
 from fastinterp.recipe.layers import Layers
 
@@ -67,11 +68,14 @@ def merge_tensors(
     """
     models = _listed(tensors, "tensors")
     name = text(name, "`name`")
+    method, values, seed = _method(method), dict(_mapping(parameters)), _seed(seed)
+    if dtype is None and threads is None and rounding == "nearest":
+        done = _plain_sum(models, base, method, values, name)
+        if done is not None:
+            return done  # type: ignore[no-any-return]
     dicts = [{name: x} for x in models]
     origin = None if base is None else {name: base}
     labels = [*([] if base is None else ["base"]), *(f"tensor {i}" for i in range(len(dicts)))]
-    method = _method(method)
-    values = dict(_mapping(parameters))
     for key in (p.name for p in method.parameters if p.kind is Sidecar):
         if isinstance(values.get(key), (list, tuple)):
             values[key] = [{name: x} if hasattr(x, "dtype") else x for x in values[key]]
@@ -151,6 +155,31 @@ def _chosen(integers: object, count: int, has_base: bool) -> int | None:
         base = ', or "base"' if has_base else ""
         raise UsageError(f"`integers` must be the index of a state dict, 0..{count - 1}{base}, got {integers!r}")
     return integers + has_base
+
+
+def _plain_sum(models: Sequence[Any], base: Any, method: Method, values: Mapping[str, Any], name: str) -> Any:
+    """The merged tensor, if the method makes a weighted sum of plain arrays of one dtype: other work costs more than
+    small sums. None: look at all arguments.
+    """
+    inputs = models if base is None else [base, *models]
+    low, high = method.models
+    first, dtype = inputs[0], getattr(inputs[0], "dtype", None)
+    if method.generator or method.base == ("required" if base is None else "none") or not low <= len(inputs) <= high:
+        return None
+    if dtype is None or not all(getattr(x, "dtype", None) == dtype for x in inputs):
+        return None
+    shape = tuple(first.shape)
+    sidecars: list[Arrays] = []
+    try:
+        keywords = resolved(method, values, len(models), sidecars)
+        request = method(len(inputs), Tensor(name, shape, None, 0, math.prod(shape)), **keywords)
+        if sidecars or not isinstance(request, Combine):
+            return None
+        row = request.row()
+        check_coefficients([row.total, *request.weights], name)
+    except MethodError:
+        return None
+    return plain_sum(inputs, SumRow(row, len(inputs)))
 
 
 def _listed(values: Any, what: str) -> list[Any]:

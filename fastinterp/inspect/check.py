@@ -25,7 +25,7 @@ from fastinterp.plan.quantised import refuse_quantised
 from fastinterp.plan.single import plan_document
 from fastinterp.plan.vocabularies import align_models
 from fastinterp.recipe.check import check_documents, check_tensors
-from fastinterp.recipe.document import Document, ErrorCollector, RecipeSource, read_all
+from fastinterp.recipe.document import Document, ErrorCollector, Source, read_all
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.mergekit_options import other_file
 from fastinterp.recipe.references import ModelRef, in_order, not_there, references
@@ -33,7 +33,7 @@ from fastinterp.recipe.references import ModelRef, in_order, not_there, referenc
 _LISTED = 3  # names in a message, before the rest is only counted
 
 
-def check(recipe: RecipeSource | Sequence[Mapping[str, Any]], *, methods: Sequence[Method] = ()) -> CheckResult:
+def check(recipe: Source, *, methods: Sequence[Method] = ()) -> CheckResult:
     """Find the errors of a recipe and its models, and what is probably not intended, from headers and samples of the
     data. Errors are returned in the result, not raised.
 
@@ -46,7 +46,7 @@ def check(recipe: RecipeSource | Sequence[Mapping[str, Any]], *, methods: Sequen
         return check_with(recipe, {})
 
 
-def check_with(recipe: RecipeSource | Sequence[Mapping[str, Any]], keys: Mapping[str, Any]) -> CheckResult:
+def check_with(recipe: Source, keys: Mapping[str, Any]) -> CheckResult:
     """`check` of a recipe as options of `merge` change it.
 
     keys  dtype, rounding, seed, missing, channels, quantize, as of `merge`; None: as the recipe has it
@@ -55,7 +55,7 @@ def check_with(recipe: RecipeSource | Sequence[Mapping[str, Any]], keys: Mapping
         return _check(recipe, keys)
 
 
-def _check(recipe: RecipeSource | Sequence[Mapping[str, Any]], keys: Mapping[str, Any]) -> CheckResult:
+def _check(recipe: Source, keys: Mapping[str, Any]) -> CheckResult:
     findings = _Findings()
     try:
         *above, last = in_order(read_all(recipe))

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
+from fastinterp.arguments import Checkpoint
 from fastinterp.backends.cpu import PumpOptions, survey
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.errors import ShapeError, UsageError
@@ -112,8 +113,8 @@ class Comparison:
 
 
 def compare(
-    a: str | os.PathLike[str],
-    b: str | os.PathLike[str],
+    a: Checkpoint,
+    b: Checkpoint,
     *,
     threads: int | None = None,
     progress: Progress | bool | None = None,

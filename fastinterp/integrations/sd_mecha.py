@@ -27,6 +27,7 @@ from fastinterp.arguments import path_of, without_recipe
 from fastinterp.errors import OutputError, UsageError
 from fastinterp.execute.report import Report
 from fastinterp.messages import listed
+from fastinterp.presence import exists
 from fastinterp.recipe.load import CHOICES
 from fastinterp.torch_models.load import load
 
@@ -106,7 +107,7 @@ def _theirs(
     import sd_mecha
     import torch
 
-    if target is not None and target.exists() and not force:
+    if target is not None and exists(target) and not force:
         raise OutputError(f"{target} exists already. Write force=True to replace it, or name another file")
     settings: dict[str, Any] = {} if threads is None else {"threads": threads}
     stored = None if dtype is None else getattr(torch, dtype)
@@ -284,8 +285,8 @@ class _Reader:
 def _found(path: Path) -> str:
     """A file where sd-mecha looks for it: as named, else in its folders of models."""
     dirs = sys.modules.get("sd_mecha.extensions.model_dirs")
-    if dirs is not None and not path.exists() and not path.is_absolute():
-        path = next((folder / path for folder in dirs.get_all() if (folder / path).exists()), path)
+    if dirs is not None and not exists(path) and not path.is_absolute():
+        path = next((folder / path for folder in dirs.get_all() if exists(folder / path)), path)
     return os.fspath(path)
 
 

@@ -25,8 +25,11 @@ from fastinterp.integrations.sharded_parameters import Parts, unwrapped
 from fastinterp.integrations.torch_ops import ema_
 from fastinterp.messages import counted, listed
 from fastinterp.paths.average import average_of
+from fastinterp.paths.points import Point
 from fastinterp.plan.plan import Plan
-from fastinterp.torch_models.load import Source, allocate, load, planned
+from fastinterp.presence import exists, is_folder
+from fastinterp.recipe.document import Source
+from fastinterp.torch_models.load import allocate, load, planned
 
 _GENERATION = "generation_config.json"
 _SHOWN = 5  # names that a message lists
@@ -35,7 +38,7 @@ _ADAPTER = "adapter_model.safetensors"
 
 
 def from_recipe(
-    recipe: Source,
+    recipe: Source | Point,
     model_class: Any,
     *,
     dtype: Any = None,
@@ -151,12 +154,12 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
             name: p.to(self._device or p.device, torch.float32, copy=True) for name, p in parts.local().items()
         }
         saved = _checkpoint(args, state) / _EMA
-        if state.global_step and saved.is_dir():
+        if state.global_step and is_folder(saved):
             self._resume(model, parts, saved)
 
     def _resume(self, model: Any, parts: Parts, saved: Path) -> None:
         """Go on with the averages of a checkpoint. Raises: CheckpointError, if it does not have all of them."""
-        found = _adapter(saved) if (saved / _ADAPTER).exists() else load(saved)
+        found = _adapter(saved) if exists(saved / _ADAPTER) else load(saved)
         active = getattr(unwrapped(model), "active_adapter", None)  # PEFT's files leave its name out
         for name, average_of_it in self.averages.items():
             stored = name if name in found else name.replace(f".{active}.", ".")

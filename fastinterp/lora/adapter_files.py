@@ -101,6 +101,8 @@ class AdapterWriter:
             return sum(checksum(self.fd, self._start, self._start + self._end)) % 2**64
         except OSError as error:
             raise self._error(error) from error
+        except ValueError as error:  # it ends before that
+            raise OutputError(f"{self._shown}: it cannot be written: {error}") from error
 
     def _header(self, table: Mapping[str, Any]) -> bytes:
         every = {"__metadata__": self._metadata, **table}

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from fastinterp.arguments import path_of
+from fastinterp.arguments import Checkpoint, path_of
 from fastinterp.backends.registry import cpu_threads
 from fastinterp.checkpoint.names import listing, names_file, quote
 from fastinterp.checkpoint.sidecar_files import CONFIG, json_or_empty
@@ -48,6 +48,7 @@ from fastinterp.output.earlier import key_of
 from fastinterp.output.folder import OutFolder
 from fastinterp.plan.inputs import TensorInput
 from fastinterp.plan.plan import Plan
+from fastinterp.presence import exists
 from fastinterp.progress import Progress, callback_of
 from fastinterp.recipe.references import ModelRef
 from fastinterp.recipe.renaming import shortened
@@ -61,8 +62,8 @@ _DELTA = Row(0, 0.0, ((1, 1.0),))  # x1 - x0, rounded once to float32
 
 
 def extract_lora(
-    finetune: str | os.PathLike[str],
-    base: str | os.PathLike[str],
+    finetune: Checkpoint,
+    base: Checkpoint,
     out: str | os.PathLike[str],
     *,
     rank: int,
@@ -104,8 +105,9 @@ def extract_lora(
     names = path_of(base, "base"), path_of(finetune, "finetune")
     plan = plan_change(*names)
     with ExitStack() as stack:
+        files = stack.enter_context(ExitStack())
         inputs = {t.name: pair_of(plan, t) for t in plan.tensors}
-        reader = TensorReader(plan.checkpoints, (x for pair in inputs.values() for x in pair), stack, threads)
+        reader = TensorReader(plan.checkpoints, (x for pair in inputs.values() for x in pair), files, threads)
         total = 2 * sum(x.nbytes for t in plan.tensors for x in inputs[t.name] if t.merged)
         norms = norms_of_changes(plan, inputs, reader, _part(shown, 0, total))
         config = json_or_empty(plan.checkpoints[0].root / CONFIG)
@@ -137,6 +139,7 @@ def extract_lora(
         modules, written = run.write(folder, _part(shown, total // 2, total))
         reader.refuse_changed()
         write_small_files(folder, run.config(modules, names[0]), _card(names, how, modules))
+        files.close()  # of the inputs: what fails there fails before the output is in place
         folder.commit()
     return AdapterReport(
         folder.name, modules, tuple(parts.saved), left_out, False, total, written, time.perf_counter() - start,
@@ -263,7 +266,7 @@ class _Extraction:
     def config(self, modules: Sequence[FactorisedModule], base: str) -> dict[str, Any]:
         """adapter_config.json."""
         parts, ranks = self._parts, {m.name: m.rank for m in modules}
-        path, _, revision = base.rpartition("@") if "@" in base and not os.path.exists(base) else (base, "", "")
+        path, _, revision = base.rpartition("@") if "@" in base and not exists(base) else (base, "", "")
         every = modules_of(t.name for t in self._plan.tensors)
         return adapter_config(
             ranks, ranks, target_modules(every, ranks) if ranks else [], base=path, task=parts.task,
@@ -330,7 +333,7 @@ def _card(names: tuple[str, str], how: _How, modules: Sequence[FactorisedModule]
 
     total = AdapterReport("", tuple(modules), (), (), False, 0, 0, 0.0).total
     energy = "" if how.energy is None else f", energy {how.energy:g}"
-    base = None if os.path.exists(names[0]) or hub.parse(names[0]) is None else names[0].partition("@")[0]
+    base = None if exists(names[0]) or hub.parse(names[0]) is None else names[0].partition("@")[0]
     shown = shortened(names)
     text = (
         f"Extracted from {quote(shown[1])}, a fine-tune of {quote(shown[0])}: rank {how.rank}{energy}, "

@@ -29,6 +29,7 @@ from fastinterp.ops.dtypes import F32, DType, promoted
 from fastinterp.output.earlier import key_of
 from fastinterp.output.folder import OutFolder
 from fastinterp.plan.inputs import TensorInput
+from fastinterp.presence import exists
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.shown_names import shown_names
 
@@ -67,7 +68,8 @@ def merge_adapters(
     if names_file(target) and plan.style == "peft":
         raise UsageError(f"an adapter of peft is a folder, with an adapter_config.json. Give {quote(target[:-12])}")
     with ExitStack() as stack:
-        merge = AdapterMerge(plan, stack, threads)
+        files = stack.enter_context(ExitStack())
+        merge = AdapterMerge(plan, files, threads)
         name = WEIGHTS_FILE if plan.style == "peft" else _FILE
         inputs = [path for adapter in plan.adapters for path in adapter.checkpoint.inputs]
         key = key_of((recipe.text, recipe.out_dtype, recipe.dtype, recipe.rank, recipe.seed), inputs)
@@ -82,6 +84,7 @@ def merge_adapters(
         merge.reader.refuse_changed()
         if plan.style == "peft":
             write_small_files(folder, merged_config(plan, modules, merge.alphas), _card(plan))
+        files.close()  # of the inputs: what fails there fails before the output is in place
         folder.commit()
     names = sorted({re.sub(r"\.[^.]+$", "", whole.name) for whole in plan.whole})
     return AdapterReport(
@@ -322,7 +325,7 @@ def _names(module: LowRankModule, style: str) -> tuple[str, str]:
 
 def _card(plan: AdapterPlan) -> str:
     base = plan.adapters[0].config.get("base_model_name_or_path")
-    known = isinstance(base, str) and not os.path.exists(base) and hub.parse(base) is not None
+    known = isinstance(base, str) and not exists(base) and hub.parse(base) is not None
     shown = shown_names([plan.recipe])
     names = "\n".join(f"- {quote(shown.model(s.name))}" for s in plan.sources if s.adapter is not None)
     text = f"Merged from adapters, method {quote(plan.recipe.method.name)}:\n\n{names}\n\nThe recipe:\n\n"

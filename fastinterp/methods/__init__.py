@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from fastinterp.errors import MethodError
@@ -249,10 +250,11 @@ def given(methods: Iterable[Method]) -> Iterator[None]:
         _given.reset(token)
 
 
-def _own_names() -> list[str]:
+@cache
+def _own_names() -> tuple[str, ...]:
     with os.scandir(os.path.dirname(__file__)) as entries:
         files = [e.name for e in entries]
-    return [f[:-3] for f in files if f.endswith(".py") and not f.startswith("_")]
+    return tuple(f[:-3] for f in files if f.endswith(".py") and not f.startswith("_"))
 
 
 def _entry_points() -> Iterable[Any]:

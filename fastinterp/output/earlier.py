@@ -12,6 +12,7 @@ from fastinterp.checkpoint.journal_file import BEGIN, begun_of, journal_path, st
 from fastinterp.checkpoint.regular_file import stamp_of
 from fastinterp.output.leftovers import reserved
 from fastinterp.output.names import place_of
+from fastinterp.presence import is_folder
 
 
 class Earlier(Enum):
@@ -63,6 +64,6 @@ def key_of(values: object, inputs: Iterable[str | os.PathLike[str]]) -> str:
 
     digest = hashlib.blake2b(f"{__version__} {values!r}".encode("utf-8", "surrogatepass"), digest_size=16)
     for path in inputs:
-        if not os.path.isdir(path):
+        if not is_folder(path):
             digest.update(f"{os.fspath(path)!r} {stamp_of(path)}".encode())
     return digest.hexdigest()

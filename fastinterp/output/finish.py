@@ -19,11 +19,12 @@ from pathlib import Path
 
 from fastinterp.checkpoint.journal_file import ASIDE, FINISHING, PARTIAL, PLACED, RUN, Finishing, temporary
 from fastinterp.checkpoint.names import is_relative
-from fastinterp.checkpoint.regular_file import fsync, is_there
+from fastinterp.checkpoint.regular_file import fsync
 from fastinterp.errors import OutputError
 from fastinterp.output.journal import Journal, boot
 from fastinterp.output.leftovers import remove
 from fastinterp.output.names import subfolders
+from fastinterp.presence import is_link, is_there, look
 
 
 def begin_finish(root: Path, journal: Journal, record: Finishing, made: Iterable[Path]) -> None:
@@ -49,7 +50,7 @@ def refuse_odd(root: Path, journal: Journal) -> None:
     names = (*record.names, *record.aside)
     # Surrogates stand for bytes of a name that are no text, but for these, which no name has.
     odd = any("\ud800" <= c <= "\udfff" and not "\udc80" <= c <= "\udcff" for name in names for c in name)
-    linked = any(os.path.islink(root / folder) for folder in subfolders(names))
+    linked = any(is_link(root / folder) for folder in subfolders(names))
     if odd or linked or not all(map(is_relative, names)) or not RUN.fullmatch(journal.run or "0" * 12):
         raise OutputError(
             f"{journal.path}: the journal was not written by this program. Remove it, then run this again"
@@ -71,12 +72,11 @@ def complete(root: Path, journal: Journal) -> bool:
 
 def _is_new(root: Path, name: str, journal: Journal, record: Finishing) -> bool:
     """Whether a file without a temporary one has its name."""
-    try:
-        inode = os.lstat(root / name).st_ino
-    except OSError:
+    info = look(root / name, links=False)
+    if info is None:
         return False
     if record.replaces:
-        return inode != record.replaces
+        return info.st_ino != record.replaces
     return journal.placed or name not in record.aside or is_there(temporary(root, name, ASIDE, journal.run))
 
 
@@ -146,5 +146,5 @@ def take_back(root: Path, journal: Journal) -> None:
 def sync_folders(root: Path, names: Iterable[str]) -> None:
     """Wait until the names in the folder, and in those in it that `names` are in, are on the disk. Raises: OSError."""
     for folder in (*reversed(subfolders(names)), ""):
-        if os.path.isdir(root / folder):
+        if look(root / folder) is not None:
             fsync(root / folder)

@@ -17,9 +17,9 @@ from types import TracebackType
 
 from fastinterp.checkpoint.journal_file import PARTIAL, SUBFOLDER, Finishing, Subfolder, temporary
 from fastinterp.checkpoint.names import is_relative, quote
-from fastinterp.checkpoint.regular_file import is_there, pieces_of
+from fastinterp.checkpoint.regular_file import pieces_of
 from fastinterp.checkpoint.unfinished import what_ends
-from fastinterp.errors import OutputError
+from fastinterp.errors import OutputError, UnreadableError
 from fastinterp.output import refusals
 from fastinterp.output.earlier import Earlier
 from fastinterp.output.finish import begin_finish, complete, end_finish, place, refuse_odd, take_back
@@ -27,6 +27,7 @@ from fastinterp.output.journal import Busy, Journal, begin, boot, take_over
 from fastinterp.output.leftovers import complete_files, remove, reserved
 from fastinterp.output.names import rank, subfolders
 from fastinterp.output.place import Place
+from fastinterp.presence import is_real_folder, is_there
 
 MENDED = "a run that had died had completed it: it is in place now"
 _FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW  # a planted link is never written through
@@ -95,8 +96,8 @@ class OutFolder(Place):
             found = self._left_over()
             if not self.finished:
                 self._begin(found)
-        except OSError as error:
-            raise self._error(f"the folder cannot be read: {error.strerror}") from error
+        except (OSError, UnreadableError) as error:
+            raise self._error(f"the folder cannot be read: {_reason(error)}") from error
         return self
 
     def anew(self) -> None:
@@ -211,7 +212,7 @@ class OutFolder(Place):
         if not is_relative(name):
             raise self._error(f"{quote(name)} is not the name of a file in the folder")
         if name not in self._temps:
-            if os.path.isdir(self.path / name) and not os.path.islink(self.path / name):
+            if is_real_folder(self.path / name):
                 raise self._error(f"{quote(name)} is a folder there, but a file of that name must be written")
             self._names.add(name)
             self._make_subfolder(os.path.dirname(name))
@@ -249,7 +250,7 @@ class OutFolder(Place):
         for folder in subfolders([f"{name}/"]) if name else ():
             path = self.path / folder
             try:
-                missing = os.path.islink(path) or not os.path.isdir(path)
+                missing = not is_real_folder(path)
                 if folder not in self._subfolders:
                     self._subfolders.add(folder)
                     self._held.append(SUBFOLDER, Subfolder(folder, missing))
@@ -276,7 +277,7 @@ class OutFolder(Place):
             sync = self._durable or bool(aside) or bool(inode)
             made = [self.path, *self.path.parents[:-1]] if self.resumed else self._created
             begin_finish(self.path, self._held, Finishing(names, aside, sync, boot(), inode), made)
-        except (OSError, OutputError) as error:
+        except (OSError, OutputError, UnreadableError) as error:
             raise self._error(f"the output cannot be finished: {_reason(error)}") from error
         self.removed = tuple(n for n in aside if n not in self._temps)
 
@@ -356,5 +357,5 @@ class OutFolder(Place):
             self.journal.close()
 
 
-def _reason(error: OSError | OutputError) -> str:
+def _reason(error: OSError | OutputError | UnreadableError) -> str:
     return f"{error.strerror}" if isinstance(error, OSError) else str(error)

@@ -11,6 +11,7 @@ from fastinterp.checkpoint.journal_file import PARTIAL, SUBFOLDER, Subfolder, jo
 from fastinterp.checkpoint.names import TEMPLATES
 from fastinterp.output.journal import Journal
 from fastinterp.output.names import subfolders
+from fastinterp.presence import is_link, is_real_folder
 
 # `.NAME.done.partial-RUN` notes that a file is complete, `.NAME.rounds.partial-RUN` what is finished of it:
 # shared_folder.py
@@ -23,9 +24,9 @@ def entries(root: Path, names: Iterable[str]) -> list[str]:
     folders = subfolders((*names, f"{TEMPLATES}/"))
     for folder in ("", *folders):
         path = root / folder
-        if not folder or (path.is_dir() and not path.is_symlink()):
+        if not folder or is_real_folder(path):
             inside = (f"{folder}/{n}" if folder else n for n in os.listdir(path))
-            found += (n for n in inside if n not in folders or os.path.islink(root / n))
+            found += (n for n in inside if n not in folders or is_link(root / n))
     return sorted(found)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import yaml
 from fastinterp.checkpoint import hub
 from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.errors import CheckpointError
+from fastinterp.presence import exists, is_file
 
 CARD = "README.md"
 _TAG = re.compile(r"[a-z0-9_-]{1,50}")
@@ -63,9 +63,9 @@ def model_card(
     roots   the folders of the models, that of the configuration first: the licence is stated if all state the same one
     """
     named = [m for m in models if m not in local]
-    ids = list(dict.fromkeys(parsed[0] for m in named if not os.path.exists(m) and (parsed := hub.parse(m))))
+    ids = list(dict.fromkeys(parsed[0] for m in named if not exists(m) and (parsed := hub.parse(m))))
     front: dict[str, Any] = {"base_model": ids, "base_model_relation": "merge"} if ids else {}
-    library = next((name for file, name in _LIBRARIES if roots and (roots[0] / file).is_file()), None)
+    library = next((name for file, name in _LIBRARIES if roots and is_file(roots[0] / file)), None)
     if library is not None:
         front["library_name"] = library
     licences = [_licence(root) for root in dict.fromkeys(roots)]

@@ -11,9 +11,10 @@ from fastinterp.checkpoint.names import ANY_INDEX, GGUF, GGUF_SPLIT, PICKLES, SH
 from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.checkpoint.sidecar_files import is_sidecar
 from fastinterp.checkpoint.strict_json import parse_json
-from fastinterp.errors import CheckpointError
+from fastinterp.errors import CheckpointError, UnreadableError
 from fastinterp.output.receipt import RECEIPT
 from fastinterp.output.stems import is_known
+from fastinterp.presence import info_of, is_folder
 
 
 def old_checkpoint(root: Path, present: Sequence[str], new: Collection[str]) -> tuple[list[str], list[str]]:
@@ -23,7 +24,7 @@ def old_checkpoint(root: Path, present: Sequence[str], new: Collection[str]) -> 
     new      names of files that are written: weights of these stems are those of an older output
     An index that is damaged or no regular file names nothing, but is one of them.
     """
-    files = [n for n in present if not os.path.basename(n).startswith(".") and not os.path.isdir(root / n)]
+    files = [n for n in present if not os.path.basename(n).startswith(".") and not is_folder(root / n)]
     indexes = [n for n in files if ANY_INDEX.fullmatch(n)]
     listed: set[str] = set()
     for index in indexes:
@@ -31,6 +32,8 @@ def old_checkpoint(root: Path, present: Sequence[str], new: Collection[str]) -> 
         try:
             weight_map = parse_json(read_regular(str(root / index), MAX_HEADER), "the index", index)["weight_map"]
             listed.update(beside + v for v in weight_map.values() if isinstance(v, str))
+        except UnreadableError:
+            raise
         except (CheckpointError, KeyError, TypeError, AttributeError):
             continue
     written = {_stem(n) for n in new if n.endswith((WEIGHTS, GGUF))}
@@ -54,11 +57,8 @@ def _stem(name: str) -> str:
 
 
 def identity(path: Path) -> tuple[int, int] | None:
-    try:
-        info = os.stat(path)
-    except OSError:
-        return None
-    return info.st_dev, info.st_ino
+    info = info_of(path)
+    return None if info is None else (info.st_dev, info.st_ino)
 
 
 def identities(path: Path) -> set[tuple[int, int] | None]:

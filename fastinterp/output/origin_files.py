@@ -25,10 +25,11 @@ from fastinterp.checkpoint.sidecar_files import (
     without_named_file,
 )
 from fastinterp.checkpoint.strict_json import parse_json
-from fastinterp.errors import CheckpointError
+from fastinterp.errors import CheckpointError, UnreadableError
 from fastinterp.messages import listed
 from fastinterp.ops.dtypes import DType
 from fastinterp.output.receipt import RECEIPT
+from fastinterp.presence import is_file, is_folder, is_link, names_at, walk
 
 LARGEST = 10_000_000  # bytes of a file that is copied without being known
 _DEPTH, _MOST = 6, 5000  # folders in folders, and files of one, that are looked at
@@ -147,7 +148,7 @@ def _sorted_out(root: Path, source: Checkpoint | None) -> OriginFiles:
     code = code if coded & {os.path.basename(n).removesuffix(".py") for n in code} else []
     copied: dict[str, Path] = {}
     left_out: dict[str, list[str]] = {}
-    is_model = whole or (root / CONFIG).is_file()
+    is_model = whole or is_file(root / CONFIG)
     for name, reason in found:
         why = reason or (None if name in code else _why_not(root, name, whole))
         if why is None:
@@ -176,11 +177,11 @@ def _walk(root: Path, whole: bool, merged: set[Path], named: tuple[str, ...]) ->
     whole  folders in the folder are part of the checkpoint
     named  folders that are known to be
     """
-    for name in sorted(os.listdir(root)):
+    for name in names_at(root):
         path = root / name
         if path in merged:
             continue
-        if not path.is_dir():
+        if not is_folder(path):
             own = _CARD if name.lower() in ("readme.md", "readme") else _RECEIPT if name == RECEIPT else None
             yield name, own or _odd(path)
             continue
@@ -202,14 +203,14 @@ def _walk(root: Path, whole: bool, merged: set[Path], named: tuple[str, ...]) ->
 def _odd(path: Path) -> str | None:
     if path.name.startswith("."):
         return _HIDDEN
-    return None if path.is_file() else _ODD
+    return None if is_file(path) else _ODD
 
 
 def _why_no_folder(path: Path, whole: bool) -> str | None:
     """Why a folder is left out whole, if that is known without a look into it."""
     if path.name.startswith("."):
         return _HIDDEN
-    if path.is_symlink():
+    if is_link(path):
         return _LINK
     if _STATE_FOLDERS.fullmatch(path.name):
         return _TRAINER
@@ -224,7 +225,7 @@ def _files(folder: Path, name: str) -> Iterator[str]:
     name  of the folder, with which their names begin
     """
     count = 0
-    for path, folders, files in os.walk(folder):
+    for path, folders, files in walk(folder):
         below = os.path.relpath(path, folder)
         prefix = name if below == "." else f"{name}/{below}"
         folders[:] = [] if prefix.count("/") + 1 >= _DEPTH else sorted(folders)
@@ -268,6 +269,8 @@ def _named_modules(root: Path, names: list[str]) -> set[str]:
 def _modules_in(path: Path, kind: str) -> set[str]:
     try:
         table = parse_json(read_regular(str(path), LARGEST), path.name, str(path))
+    except UnreadableError:
+        raise
     except CheckpointError:
         return set()  # who needs it says what is wrong with it
     values: list[Any] = []
@@ -291,8 +294,8 @@ def auto_map_modules(config: dict[str, Any]) -> set[str]:
 def missing_code(root: Path) -> dict[str, list[str]]:
     """Configurations in the folder `root`, and the files of code that their `auto_map` names and that are not there."""
     missing = {}
-    for path in sorted(root.glob("*config.json")):
-        names = [f"{m}.py" for m in sorted(_modules_in(path, path.name)) if not (root / f"{m}.py").is_file()]
-        if names:
-            missing[path.name] = names
+    for name in (n for n in names_at(root) if n.endswith("config.json")):
+        modules = sorted(_modules_in(root / name, name))
+        if files := [f"{m}.py" for m in modules if not is_file(root / f"{m}.py")]:
+            missing[name] = files
     return missing

@@ -14,6 +14,7 @@ from fastinterp.output import refusals
 from fastinterp.output.leftovers import entries, left_by_runs
 from fastinterp.output.names import place_of
 from fastinterp.output.old_checkpoint import old_checkpoint
+from fastinterp.presence import exists, is_folder, is_there
 
 
 class Place:
@@ -60,8 +61,8 @@ class Place:
     def _is_new(self) -> bool:
         """Whether there is nothing in the place of the output."""
         if self.file:
-            return not os.path.lexists(self.path / self.file)
-        return not (self.path.is_dir() and os.listdir(self.path))
+            return not is_there(self.path / self.file)
+        return not (is_folder(self.path) and os.listdir(self.path))
 
     def _present(self, every: Sequence[str]) -> list[str]:
         """Of the names in the folder, those that no run left."""
@@ -70,7 +71,7 @@ class Place:
 
     def _about_contents(self, *, force: bool) -> str:
         """Why what is there is not replaced; empty, if it may be. Raises: OSError."""
-        if not self.path.is_dir():
+        if not is_folder(self.path):
             return ""
         if self.file:
             return refusals.about_file(self.path, self.file, self._inputs, force=force)
@@ -97,7 +98,7 @@ class Place:
     def _make_folders(self) -> None:
         missing = []
         folder = self.path
-        while not folder.exists():
+        while not exists(folder):
             missing.append(folder)
             folder = folder.parent
         try:

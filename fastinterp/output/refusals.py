@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fastinterp.checkpoint.names import listing, quote
 from fastinterp.output.old_checkpoint import identities, identity, old_checkpoint
+from fastinterp.presence import exists, is_file, is_folder, is_link, is_there
 
 _FORCE = "Add --force (in Python force=True) to write into it all the same"
 _ELSEWHERE = "Choose another output: inputs are never overwritten, whatever the options"
@@ -23,7 +24,7 @@ def about_inputs(root: Path, file: str | None, inputs: Sequence[str | os.PathLik
     place = identity(root / file) if file else None
     for name in inputs:
         path = Path(name)
-        if path.is_dir():
+        if is_folder(path):
             if identity(path) in out:
                 inside = "is" if identity(path) == own and not file else "lies inside"
                 return f"the output {inside} the input folder {quote(path)}. {_ELSEWHERE}"
@@ -41,7 +42,7 @@ def about_inputs(root: Path, file: str | None, inputs: Sequence[str | os.PathLik
 
 def about_place(name: str, root: Path, file: str | None) -> str:
     """name: of the output, as it was given"""
-    if root.is_dir() or not (os.path.lexists(root) or (os.path.islink(name) and not file)):
+    if is_folder(root) or not (is_there(root) or (is_link(name) and not file)):
         return ""
     what = "it is in no folder: its parent is something else" if file else "this is not a folder"
     return f"{what}, and it will not be replaced. {_NEW}"
@@ -74,11 +75,11 @@ def about_file(root: Path, file: str, inputs: Sequence[str | os.PathLike[str]], 
     path = root / file
     if same := _about_same_files(root, [file], inputs):
         return same
-    if os.path.isdir(path):
+    if is_folder(path):
         return "this is a folder, but the name ends as that of a file. Give another name"
-    if os.path.lexists(path) and (os.path.islink(path) or not os.path.isfile(path)):
+    if is_there(path) and (is_link(path) or not is_file(path)):
         return "this is no regular file, and it will not be replaced. Give another name"
-    if os.path.lexists(path) and not force:
+    if is_there(path) and not force:
         return "this file exists already. Add --force (in Python force=True) to replace it"
     return _about_rights(root)
 
@@ -103,7 +104,7 @@ def _about_rights(root: Path) -> str:
 def about_space(root: Path, needed: int) -> str:
     """needed: bytes that will be written"""
     folder = root
-    while not folder.exists():
+    while not exists(folder):
         folder = folder.parent
     info = os.statvfs(folder)
     free = info.f_bavail * info.f_frsize

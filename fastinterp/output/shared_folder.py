@@ -14,11 +14,12 @@ from pathlib import Path
 
 from fastinterp.checkpoint.journal_file import PARTIAL, shortened, temporary, temporary_of
 from fastinterp.checkpoint.names import quote
-from fastinterp.checkpoint.regular_file import fsync, is_there, read_regular
-from fastinterp.errors import OutputError
+from fastinterp.checkpoint.regular_file import fsync, read_regular
+from fastinterp.errors import OutputError, StorageError
 from fastinterp.output.folder import OutFolder
 from fastinterp.output.leftovers import DONE, ROUNDS
 from fastinterp.output.names import place_of
+from fastinterp.presence import is_there, look, walk
 
 
 class SharedFolder(OutFolder):
@@ -105,10 +106,12 @@ def _beside(out: str | os.PathLike[str], name: str, key: str, what: str) -> Path
 
 def stands(out: str | os.PathLike[str], name: str, key: str, size: int) -> bool:
     """Whether `name`, before the folder is finished, is there and has so many bytes."""
+    path = shared_file(out, name, key)
     try:
-        return os.stat(shared_file(out, name, key), follow_symlinks=False).st_size == size
-    except OSError:
-        return False
+        info = look(path, links=False)
+    except OSError as error:
+        raise StorageError(f"{path}: it cannot be looked at: {error.strerror}") from None
+    return info is not None and info.st_size == size
 
 
 def reserved(out: str | os.PathLike[str], key: str) -> int:
@@ -133,7 +136,7 @@ def complete_files(out: str | os.PathLike[str]) -> int:
 def _below(out: str | os.PathLike[str]) -> Iterator[Path]:
     """The files in the folder of an output, and in the folders in it."""
     folder, file = place_of(out)
-    for path, folders, names in os.walk(folder):
+    for path, folders, names in walk(folder):
         yield from (Path(path, name) for name in names)
         if file is not None:
             folders.clear()

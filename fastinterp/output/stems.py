@@ -9,6 +9,7 @@ from pathlib import Path
 from fastinterp.checkpoint.names import ANY_INDEX, SHARD, STEMS, WEIGHTS
 from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.checkpoint.sidecar_files import CONFIG, json_or_empty, named_file
+from fastinterp.presence import is_file
 
 MODEL, DIFFUSERS, OPEN_CLIP = STEMS[:3]
 _SAFE = {"pytorch_model": MODEL, "open_clip_pytorch_model": OPEN_CLIP}
@@ -54,6 +55,6 @@ def is_known(stem: str) -> bool:
 def _expected(checkpoint: Checkpoint) -> str:
     """The stem that the software which reads the folder's configuration looks for; else `model`."""
     root = checkpoint.root
-    if (root / "open_clip_config.json").is_file():
+    if is_file(root / "open_clip_config.json"):
         return OPEN_CLIP
     return DIFFUSERS if "_diffusers_version" in json_or_empty(root / CONFIG) else MODEL

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import math
 import os
@@ -17,6 +18,7 @@ from fastinterp.errors import UsageError
 from fastinterp.messages import counted, suggestion
 from fastinterp.methods import find
 from fastinterp.ops.combine import MAX_INPUTS
+from fastinterp.presence import exists, is_folder, names_at
 
 DECAYS = ("linear", "cosine", "1-sqrt")  # of a learning rate, which weights of checkpoints stand for
 WEIGHT_NAMES = ("uniform", "ema", *DECAYS)
@@ -150,16 +152,29 @@ def _expanded(path: str) -> list[str]:
     adapter, may be a pattern, too. Raises: UsageError.
     """
     pattern = os.path.expanduser(path)
-    if not glob.has_magic(pattern) or os.path.exists(pattern):
+    if not glob.has_magic(pattern) or exists(pattern):
         return [path]
     if "+" in path:
         from itertools import product
 
         return ["+".join(parts) for parts in product(*map(_expanded, path.split("+")))]
-    found = sorted(glob.glob(pattern))
+    found = _matching(pattern)
     if not found:
         raise UsageError(f"nothing matches {path!r}")
     return found
+
+
+def _matching(pattern: str) -> list[str]:
+    """As glob.glob, sorted, which leaves out what it cannot list: a mean of fewer checkpoints than were meant."""
+    folder, name = os.path.split(pattern)
+    places = _matching(folder) if glob.has_magic(folder) else [folder]
+    if not glob.has_magic(name):
+        return [path for place in places if exists(path := os.path.join(place, name))]
+    found = []
+    for place in (p for p in places if is_folder(p or ".")):
+        inside = [n for n in names_at(place or ".") if name.startswith(".") or not n.startswith(".")]
+        found += [os.path.join(place, n) for n in fnmatch.filter(inside, name)]
+    return sorted(found)
 
 
 def _inside(path: str) -> str:

@@ -9,7 +9,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from operator import index
-from typing import Any
+from typing import Annotated, Any
 
 from fastinterp.arguments import snapped
 from fastinterp.errors import CheckpointError, FastinterpError, StorageError, UsageError
@@ -23,8 +23,18 @@ from fastinterp.torch_models.endpoints import Endpoint, Endpoints, Model, not_in
 from fastinterp.torch_models.module_tensors import weights_of
 from fastinterp.torch_models.module_weights import ModuleWeights, dtypes_of
 
-Alpha = float | Mapping[str, float]
-Alphas = Sequence[Alpha] | Mapping[str, Sequence[float]]
+Alpha = Annotated[
+    float | Mapping[str, float],
+    """A point of a path: 0.3 on the line from a (0) to b (1), below 0 and above 1 beyond them; of directions a mapping
+    of their names to distances, {"formal": 0.5, "kind": -0.2}, where those that are left out are 0, the base.
+    """,
+]
+Alphas = Annotated[
+    Sequence[Alpha] | Mapping[str, Sequence[float]],
+    """Points of a path: a list of points (see `Alpha`), or of directions a mapping of their names to lists of
+    distances, {"formal": [0, 0.5, 1], "kind": [-1, 0, 1]}, which stands for all combinations.
+    """,
+]
 ALPHA = "alpha"  # the name of the one direction of a line from a to b
 
 

@@ -15,6 +15,7 @@ from fastinterp.errors import StorageError, UsageError
 from fastinterp.inspect.compare import Comparison, Difference
 from fastinterp.messages import fit
 from fastinterp.paths.layer_grid import grid
+from fastinterp.presence import is_folder
 
 Report = Any  # PathReport, which imports this module
 # Okabe and Ito's palette, for any kind of colour vision.
@@ -93,7 +94,7 @@ def check_figure(file: str | os.PathLike[str]) -> tuple[Path, str]:
     kind = path.suffix.lower().removeprefix(".")
     if kind not in ("png", "svg", "pdf"):
         raise UsageError(f"{path} must end in .png, .svg or .pdf, which is the format")
-    if not path.parent.is_dir():
+    if not is_folder(path.parent):
         raise StorageError(f"{path} cannot be written: No such file or directory: {path.parent}")
     return path, kind
 

@@ -6,9 +6,9 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from fastinterp.arguments import dtype_named, optional_size, path_of, size_of, without_recipe
+from fastinterp.arguments import Checkpoint, dtype_named, optional_size, path_of, size_of, without_recipe
 from fastinterp.backends.registry import cpu_isa, cpu_threads, device_spec, find_devices
 from fastinterp.checkpoint.names import names_file
 from fastinterp.errors import OutputError, UsageError
@@ -17,33 +17,42 @@ from fastinterp.execute.to_files import write_outputs
 from fastinterp.ops.combine import MAX_OUTPUTS
 from fastinterp.paths.points import Point, further_keys, grid, line, point_path
 from fastinterp.plan.plan import Plan, make_plan
+from fastinterp.presence import exists, is_there
 from fastinterp.progress import Progress, callback_of
 from fastinterp.recipe.load import load_recipe
 
-Model = str | os.PathLike[str]
-Callback = Callable[[Point, dict[str, Any]], Any]
+PointCallback = Annotated[
+    Callable[[Point, dict[str, Any]], Any],
+    """A function that `sweep(..., in_memory=...)` calls for every point: fn(point, tensors).
+
+    point    a `Point`: its place on the path
+    tensors  the merged model, name -> tensor, as `framework` says: of torch on the CPU, or of numpy
+
+    What it returns becomes `point.result`. The tensors are its own, and may be kept.
+    """,
+]
 _MEMORY = "512MB"
 
 
 @without_recipe
 def sweep(
-    a: Model | None = None,
-    b: Model | None = None,
+    a: Checkpoint | None = None,
+    b: Checkpoint | None = None,
     alphas: Iterable[float] | None = None,
-    out: Model | None = None,
+    out: str | os.PathLike[str] | None = None,
     *,
-    base: Model | None = None,
-    add: Mapping[str, Model] | None = None,
+    base: Checkpoint | None = None,
+    add: Mapping[str, Checkpoint] | None = None,
     grid: Mapping[str, Iterable[float]] | None = None,
     method: str | None = None,
     parameters: Mapping[str, Any] | None = None,
-    integers: Model | None = None,
-    tokenizer_source: Model | None = None,
+    integers: Checkpoint | None = None,
+    tokenizer_source: str | os.PathLike[str] | None = None,
     missing: str | None = None,
     channels: str | None = None,
     quantize: str | None = None,
     virtual: bool = False,
-    in_memory: Callback | None = None,
+    in_memory: PointCallback | None = None,
     framework: str = "torch",
     device: str = "auto",
     threads: int | None = None,
@@ -170,7 +179,7 @@ def _recipes(points: Sequence[Point], folder: Path, force: bool) -> list[Point]:
     import yaml
 
     paths = [folder / f"{point.name}.yml" for point in points]
-    existing = [path for path in paths if os.path.lexists(path)]
+    existing = [path for path in paths if is_there(path)]
     if existing and not force:
         raise OutputError(f"{existing[0]} exists already. Add --force (in Python force=True) to replace it")
     done: list[Point] = []
@@ -202,4 +211,4 @@ def _with_absolute_paths(recipe: Mapping[str, Any]) -> dict[str, Any]:
 def _absolute(model: str) -> str:
     """The path of a model from the root of this disk; other names, Hub ids say, as they are."""
     path = os.path.expanduser(model)
-    return os.path.abspath(path) if os.path.exists(path) else model
+    return os.path.abspath(path) if exists(path) else model

@@ -10,11 +10,12 @@ from typing import Any
 
 from fastinterp.checkpoint.same_bytes import same_bytes
 from fastinterp.checkpoint.sidecar_files import CONFIG, is_tokenizer_file, json_or_empty, read_config
-from fastinterp.errors import CheckpointError, StorageError
+from fastinterp.errors import CheckpointError, UnreadableError
 from fastinterp.messages import fit, listed
 from fastinterp.output.origin_files import missing_code
 from fastinterp.plan.models import Model
 from fastinterp.plan.tensor_sets import is_recomputed
+from fastinterp.presence import info_of, is_file, names_at
 from fastinterp.recipe.tensor_groups import HasShape, grouped, why
 from fastinterp.tokenizer.chat_template import template_file
 from fastinterp.tokenizer.tied_embeddings import is_head, lacks_head, says_tied
@@ -93,7 +94,7 @@ def lost_tensors(origin: Model, own: Mapping[str, HasShape], names: Iterable[str
     tied   what the output's config.json says of its output layer, if that is not what the origin's says
     """
     folders = [part.folder for part in (() if origin.source is None else origin.source.components) if part.folder]
-    described = {folder: (origin.root / folder / CONFIG).is_file() for folder in ("", *folders)}
+    described = {folder: is_file(origin.root / folder / CONFIG) for folder in ("", *folders)}
     tied = says_tied(json_or_empty(origin.root / CONFIG)) if tied is None else tied
     lost = []
     for name in names:
@@ -146,6 +147,8 @@ def _template(root: Path) -> str | None:
     """The file in a model's folder that has a chat template, or None."""
     try:
         return template_file(root)
+    except UnreadableError:
+        raise
     except CheckpointError:
         return None
 
@@ -179,7 +182,7 @@ def path_warnings(checkpoints: Sequence[Model]) -> tuple[str, ...]:
 def _missing(origin: Model, others: Sequence[Model]) -> list[str]:
     """Files that the origin lacks and another model has. What no model has, the output need not have."""
     missing = []
-    for what, names in ((CONFIG, lambda c: {CONFIG} & _names(c)), ("tokenizer", _tokenizer_files)):
+    for what, names in ((CONFIG, lambda c: {CONFIG} & set(names_at(c.root))), ("tokenizer", _tokenizer_files)):
         having = [] if names(origin) else [c for c in others if names(c)]
         if having:
             missing.append(
@@ -211,6 +214,8 @@ def _configs(origin: Model, config: dict[str, Any], others: Sequence[Model], may
         try:
             other_config = read_config(other.root)
             differing = [] if other_config is None else _differences(config, other_config, may_differ)
+        except UnreadableError:
+            raise
         except (CheckpointError, RecursionError):
             unreadable.append(f"{CONFIG} of {other.name} cannot be read, so it is not known whether that model fits")
             continue
@@ -237,22 +242,20 @@ def _differences(ours: dict[str, Any], theirs: dict[str, Any], may_differ: set[s
     return differences
 
 
-def _names(checkpoint: Model) -> set[str]:
-    try:
-        return set(os.listdir(checkpoint.root))
-    except OSError:
-        return set()
-
-
 def _tokenizer_files(checkpoint: Model) -> set[str]:
-    return {n for n in _names(checkpoint) if is_tokenizer_file(n)}
+    return {n for n in names_at(checkpoint.root) if is_tokenizer_file(n)}
 
 
 def _same_bytes(a: Path, b: Path) -> bool:
     """Sizes first: most files that differ need not be read."""
+    x, y = info_of(a), info_of(b)
+    if x is None or y is None:  # a link that leads nowhere
+        return False
     try:
-        return os.path.samefile(a, b) or same_bytes((a, 0, a.stat().st_size), (b, 0, b.stat().st_size))
-    except (OSError, CheckpointError, StorageError):
+        return os.path.samestat(x, y) or same_bytes((a, 0, x.st_size), (b, 0, y.st_size))
+    except UnreadableError:
+        raise
+    except CheckpointError:  # no regular file, or one that changes meanwhile
         return False
 
 

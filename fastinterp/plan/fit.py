@@ -9,6 +9,7 @@ from fastinterp.errors import ShapeError
 from fastinterp.messages import fit, listed
 from fastinterp.plan.models import Model
 from fastinterp.plan.row_blocks import other_channels
+from fastinterp.presence import is_file
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.targets import Cut, Target
 from fastinterp.tokenizer.embedding_rows import named_as_embedding
@@ -135,7 +136,7 @@ def other_sizes(models: Sequence[Model], base: int) -> dict[int, str]:
 
 
 def _has_vocabulary(model: Model) -> bool:
-    return any((model.root / file).is_file() for file in _VOCABULARY_FILES)
+    return any(is_file(model.root / file) for file in _VOCABULARY_FILES)
 
 
 # --- parts of one output ---------------------------------------------------------------------------------------------

@@ -7,12 +7,10 @@ output tensor which inputs are read, with which coefficients, and where the resu
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from fastinterp._version import __version__
 from fastinterp.arguments import optional_size, overridden
@@ -31,11 +29,11 @@ from fastinterp.plan.outputs import RECEIPT_KEY, Outputs, commits_of, receipt
 from fastinterp.plan.planned import PlannedTensor
 from fastinterp.plan.single import Document, plan_document
 from fastinterp.plan.vocabularies import AlignedModels
+from fastinterp.presence import is_file
+from fastinterp.recipe.document import Source
 from fastinterp.recipe.load import Recipe, load_recipes
 from fastinterp.recipe.renaming import ShownNames
 from fastinterp.recipe.shown_names import shown_names
-
-Source = str | os.PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -177,7 +175,7 @@ class Plan:
         rows = "" if self.aligned.rows is None else counted(self.aligned.rows, "row")
         own = {}
         for name, content in self.aligned.sidecars(self.files.contents(None)).items():
-            old = content_of(root / name) if (root / name).is_file() else b""
+            old = content_of(root / name) if is_file(root / name) else b""
             what = what_differs(old, content_of(content))
             if what is not None:
                 own[name] = rows if name == "tokenizer.json" else what

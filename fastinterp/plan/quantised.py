@@ -14,6 +14,7 @@ from fastinterp.messages import counted, listed
 from fastinterp.plan.inputs import TensorInput
 from fastinterp.plan.models import Model
 from fastinterp.plan.planned import PlannedTensor
+from fastinterp.presence import is_file
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.module_tensors import module_tensors
 from fastinterp.recipe.targets import Target
@@ -183,7 +184,7 @@ def about_configuration(origin: Model, tensors: Sequence[PlannedTensor], same: b
             what = f"{prefix}{CONFIG} of {origin.name} says that weights are quantised ({said})"
             remarks.append(f"{what}, and those here are not: left out")
     own = same or any(t.quantised for t in origin.tensors.values())
-    if not formats or known or own or not (origin.root / CONFIG).is_file():
+    if not formats or known or own or not is_file(origin.root / CONFIG):
         return AboutConfiguration(tuple(folders), tuple(remarks), ())
     warning = (
         f"the output has quantised weights ({', '.join(sorted({*formats.values()}))}), and {CONFIG} of {origin.name}, "

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import msgspec
 from msgspec.structs import replace
 
-from fastinterp.errors import CheckpointError
+from fastinterp.errors import CheckpointError, UnreadableError
 from fastinterp.messages import listed
 from fastinterp.output.origin_files import OriginFiles, origin_files
 from fastinterp.plan.compatibility import (
@@ -72,7 +72,8 @@ def find_named(recipe: Recipe, find: Callable[[ModelRef], Model], model: ModelRe
         path = recipe.path_of(model)
         hint = "" if os.path.exists(os.path.expanduser(name)) else not_there(document, name, ())
         where = str(document.error("", path)).strip()
-        raise CheckpointError(f"{error.message}{hint} {where}", file=name, tensor=error.tensor) from error
+        kind = UnreadableError if isinstance(error, UnreadableError) else CheckpointError
+        raise kind(f"{error.message}{hint} {where}", file=name, tensor=error.tensor) from error
 
 
 def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) -> Document:

@@ -20,11 +20,12 @@ from fastinterp.checkpoint.quantisation_config import HF_QUANT_CONFIG, MISTRAL_C
 from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.checkpoint.sidecar_files import CONFIG, is_tokenizer_file, read_config
 from fastinterp.checkpoint.strict_json import parse_object
-from fastinterp.errors import CheckpointError, ShapeError
+from fastinterp.errors import CheckpointError, ShapeError, UnreadableError
 from fastinterp.messages import counted, fit
 from fastinterp.plan.inputs import GatheredInput, TensorInput
 from fastinterp.plan.models import Model
 from fastinterp.plan.tensor_sets import NamedTensors, align_sets
+from fastinterp.presence import is_file
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.references import ModelRef
 from fastinterp.tokenizer.embedding_rows import (
@@ -367,6 +368,8 @@ def _config(model: Model, needed: bool) -> dict[str, Any]:
     """config.json, or {} if there is none; also if it is damaged and not needed, of which others warn."""
     try:
         return read_config(model.root) or {}
+    except UnreadableError:
+        raise
     except CheckpointError:
         if needed:
             raise
@@ -375,7 +378,7 @@ def _config(model: Model, needed: bool) -> dict[str, Any]:
 
 def _table(path: Path) -> dict[str, Any]:
     """The JSON object in a file; {} if there is no such file."""
-    if not path.is_file():
+    if not is_file(path):
         return {}
     return parse_object(read_regular(str(path), MAX_HEADER).lstrip(), f"`{fit(path.name, 40)}`", str(path))
 

@@ -10,7 +10,7 @@ from typing import Any
 from fastinterp.errors import CheckpointError, FastinterpError, RecipeError
 from fastinterp.messages import listed, shown, suggestion
 from fastinterp.recipe.blocks import BlockFilter, ForeignBlock
-from fastinterp.recipe.document import Document, ErrorCollector, RecipeSource, read_all
+from fastinterp.recipe.document import Document, ErrorCollector, Source, read_all
 from fastinterp.recipe.load import Recipe, build_all, run_to_first_request
 from fastinterp.recipe.merge_groups import MergeGroup
 from fastinterp.recipe.references import ModelRef
@@ -36,9 +36,7 @@ class Findings:
     recipes: tuple[Recipe, ...]
 
 
-def check_recipe(
-    source: RecipeSource | Sequence[Mapping[str, Any]], *, file: str | None = None, names: TensorNames | None = None
-) -> Findings:
+def check_recipe(source: Source, *, file: str | None = None, names: TensorNames | None = None) -> Findings:
     """All errors and warnings of a recipe.
 
     source, file  as those of load_recipes

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import yaml
 from yaml.constructor import SafeConstructor
@@ -21,7 +21,19 @@ from fastinterp.messages import clipped, shown
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
-RecipeSource = str | os.PathLike[str] | Mapping[str, Any]
+RecipeSource = str | os.PathLike[str] | Mapping[str, Any]  # of one document, or of a file of several
+Source = Annotated[
+    str | os.PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    """A recipe: what to merge, and how.
+
+    a path              of a file of YAML; or of JSON, if it ends in .json
+    YAML text           a str with a line break in it
+    a mapping           what such a file holds: {"merge_method": "linear", "models": [...]}
+    a list of mappings  several documents, which may name each other as models
+
+    The keys are mergekit's: docs/RECIPES.md.
+    """,
+]
 
 MAX_BYTES, MAX_NODES, MAX_DEPTH = 1 << 20, 100_000, 32  # far above any recipe, far below what hurts
 
@@ -94,7 +106,7 @@ def read(source: RecipeSource, file: str | None = None) -> Document:
     return first
 
 
-def read_all(source: RecipeSource | Sequence[Mapping[str, Any]], file: str | None = None) -> tuple[Document, ...]:
+def read_all(source: Source, file: str | None = None) -> tuple[Document, ...]:
     """The documents in a source, `---` between them in YAML; or one for each mapping of a list."""
     if isinstance(source, Mapping):
         source = [source]
@@ -153,8 +165,10 @@ def _close(path: str) -> str:
     folder, name = os.path.split(path)
     try:
         known = {os.path.splitext(n)[0]: n for n in os.listdir(folder or ".") if n.endswith((".yml", ".yaml", ".json"))}
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return f": there is no folder '{clipped(folder)}'"
+    except OSError:  # of a folder whose names may not be read
+        return ""
     close = difflib.get_close_matches(os.path.splitext(name)[0], known, n=1)
     return f". Did you mean '{clipped(os.path.join(folder, known[close[0]]))}'?" if close else ""
 

@@ -12,7 +12,7 @@ from fastinterp.methods import Method
 from fastinterp.ops.combine import LARGEST, Combine, Tensor
 from fastinterp.ops.dtypes import DTYPE_NAMES, DType, parse_stored
 from fastinterp.recipe.build import Builder
-from fastinterp.recipe.document import Document, ErrorCollector, RecipeSource, read, read_all
+from fastinterp.recipe.document import Document, ErrorCollector, RecipeSource, Source, read, read_all
 from fastinterp.recipe.gradients import gradient_warnings
 from fastinterp.recipe.merge_groups import MergeGroup, Section, sidecar_paths
 from fastinterp.recipe.mergekit_options import other_file
@@ -202,7 +202,7 @@ def load_recipe(source: RecipeSource, *, file: str | None = None) -> Recipe:
     return recipe
 
 
-def load_recipes(source: RecipeSource | Sequence[Mapping[str, Any]], *, file: str | None = None) -> tuple[Recipe, ...]:
+def load_recipes(source: Source, *, file: str | None = None) -> tuple[Recipe, ...]:
     """Read and check a recipe of one or more documents, which may use others by their `name`, as a model or base_model.
 
     In an order in which each uses those before it; the last is what is written: the one without a name, or the last one

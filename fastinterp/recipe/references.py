@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from fastinterp.messages import clipped, shown, suggestion
+from fastinterp.presence import exists
 from fastinterp.recipe.document import Document, ErrorCollector
 from fastinterp.recipe.schema import ModelPath, Reference
 
@@ -69,7 +70,7 @@ class ModelRef(msgspec.Struct, frozen=True, eq=False):
         there under the whole text is a path, even if it has a `+`.
         """
         adapters: tuple[AdapterRef, ...] = ()
-        if "+" in text and not os.path.exists(os.path.expanduser(text)):
+        if "+" in text and not exists(os.path.expanduser(text)):
             text, *others = text.split("+")
             adapters = tuple(map(AdapterRef.of, others))
         path, at, revision = text.rpartition("@")
@@ -146,7 +147,7 @@ def _adapters(document: Document, written: Reference, path: str) -> tuple[Adapte
         at = f"{path}.lora[{i}]" if isinstance(written.lora, list) else f"{path}.lora"
         if isinstance(item, str):
             adapter = AdapterRef.of(item)
-            if "+" in item and not os.path.exists(os.path.expanduser(item)):
+            if "+" in item and not exists(os.path.expanduser(item)):
                 raise document.error(f"{shown(item)} is one adapter. Write several as a list, without `+`", at)
         else:
             adapter = _adapter(document, item, at)
@@ -192,7 +193,7 @@ def refuse_beside(document: Document, model: ModelRef, path: str) -> None:
     folder = os.path.dirname(document.file or "")
     for name in model.names if folder else ():
         beside = os.path.join(folder, name)
-        if not os.path.isabs(name) and os.path.exists(beside) and not os.path.exists(name):
+        if not os.path.isabs(name) and exists(beside) and not exists(name):
             raise document.error(
                 f"there is no {shown(name)} in the current folder, where relative paths start, but there is one beside "
                 f"the recipe. Write '{beside}', or run in '{folder}'",

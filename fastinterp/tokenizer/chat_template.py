@@ -12,6 +12,7 @@ from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.checkpoint.sidecar_files import refuse_link
 from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError
+from fastinterp.presence import is_file, is_folder
 
 JINJA, CONFIG, PROCESSOR = "chat_template.jinja", "tokenizer_config.json", "chat_template.json"
 _LARGEST = 1 << 26  # bytes
@@ -67,7 +68,7 @@ def template_of(root: Path) -> str | None:
     Of several templates it is the one named `default`.
     Raises: CheckpointError, if a file that may hold it is damaged.
     """
-    if (root / JINJA).is_file():
+    if is_file(root / JINJA):
         refuse_link(root, JINJA)
         path = str(root / JINJA)
         try:
@@ -75,7 +76,7 @@ def template_of(root: Path) -> str | None:
         except UnicodeDecodeError:
             raise CheckpointError("the chat template is not UTF-8", file=path) from None
     for name in (CONFIG, PROCESSOR):
-        if (root / name).is_file():
+        if is_file(root / name):
             refuse_link(root, name)
             path = str(root / name)
             template = parse_object(read_regular(path, _LARGEST).lstrip(), f"`{name}`", path).get("chat_template")
@@ -95,11 +96,11 @@ def template_file(root: Path) -> str | None:
     others = root / TEMPLATES
     for name in (JINJA, CONFIG, PROCESSOR):
         path = str(root / name)
-        if (root / name).is_file() and (
+        if is_file(root / name) and (
             name == JINJA or parse_object(read_regular(path, _LARGEST).lstrip(), f"`{name}`", path).get("chat_template")
         ):
             return name
-    return others.name if others.is_dir() else None
+    return others.name if is_folder(others) else None
 
 
 def most_common(templates: Sequence[str | None]) -> str | None:

@@ -18,6 +18,7 @@ from fastinterp.checkpoint.names import listing, quote
 from fastinterp.checkpoint.sidecar_files import is_tokenizer_file, refuse_link
 from fastinterp.errors import CheckpointError
 from fastinterp.messages import counted
+from fastinterp.presence import is_file, names_at
 from fastinterp.tokenizer.vocabulary import ADDED, MERGES, TOKENIZER, TOKENIZER_CONFIG, VOCAB, Joined, Vocabulary
 
 # Files that other software reads instead of tokenizer.json, in formats that are not extended here.
@@ -31,7 +32,7 @@ def tokenizer_files(joined: Joined) -> tuple[dict[str, bytes | Path], list[str]]
     """
     base = joined.base
     files: dict[str, bytes | Path] = {
-        p.name: p for p in sorted(base.root.iterdir()) if is_tokenizer_file(p.name) and p.is_file()
+        name: base.root / name for name in names_at(base.root) if is_tokenizer_file(name) and is_file(base.root / name)
     }
     for name in files:
         refuse_link(base.root, name)

@@ -16,6 +16,7 @@ from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.checkpoint.sidecar_files import refuse_link
 from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError
+from fastinterp.presence import is_file, names_at
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 VOCAB, MERGES, ADDED = "vocab.json", "merges.txt", "added_tokens.json"
@@ -93,15 +94,15 @@ def read_vocabulary(name: str, root: Path, size: int) -> Vocabulary:
     tokens are letters); tokens may also be added by tokenizer_config.json and added_tokens.json.
     Raises: CheckpointError, if there is no such file, or one is damaged.
     """
-    config = _object(root / TOKENIZER_CONFIG) if (root / TOKENIZER_CONFIG).is_file() else {}
-    if (root / TOKENIZER).is_file():
+    config = _object(root / TOKENIZER_CONFIG) if is_file(root / TOKENIZER_CONFIG) else {}
+    if is_file(root / TOKENIZER):
         table = _object(root / TOKENIZER)
         file = str(root / TOKENIZER)
-    elif (root / VOCAB).is_file():
+    elif is_file(root / VOCAB):
         table = _plain_files(root, config)
         file = str(root / VOCAB)
     else:
-        others = sorted(p.name for p in root.glob("*") if p.name.endswith(_OTHERS))
+        others = [name for name in names_at(root) if name.endswith(_OTHERS)]
         present = f", only {listing(others)}" if others else ""
         raise CheckpointError(
             f"the folder has no {TOKENIZER}{present}, so its vocabulary is not known. {_remedy(root, bool(others))}",
@@ -179,7 +180,7 @@ def _remedy(root: Path, files: bool = True) -> str:
 def _plain_files(root: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """vocab.json, with merges.txt or alone, as the tokenizer.json that it stands for."""
     vocab = _object(root / VOCAB)
-    if not (root / MERGES).is_file():
+    if not is_file(root / MERGES):
         if _CTC[0] in str(config.get("tokenizer_class")) or _CTC[1] in config:
             if any(type(value) is dict for value in vocab.values()):
                 raise CheckpointError(
@@ -244,7 +245,7 @@ def _added_tokens(
             raise CheckpointError(f"`added_tokens_decoder` has the entry {quote(key)}, which is no token", file=where)
         ids.setdefault(token, int(key))
         added.setdefault(token, _settings(entry))
-    legacy = _object(root / ADDED) if (root / ADDED).is_file() else {}
+    legacy = _object(root / ADDED) if is_file(root / ADDED) else {}
     for token, number in legacy.items():
         ids.setdefault(token, number)
         added.setdefault(token, _settings({}, special=False))

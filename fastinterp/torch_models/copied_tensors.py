@@ -8,7 +8,7 @@ from typing import Any
 
 from fastinterp.errors import ShapeError
 from fastinterp.torch_models.endpoints import Endpoint, Endpoints
-from fastinterp.torch_models.module_tensors import Weight, increment_versions
+from fastinterp.torch_models.module_tensors import Weight, increment_versions, with_versions
 
 
 class CopiedTensors:
@@ -42,7 +42,7 @@ class CopiedTensors:
         for weight, value in zip(self._weights, values, strict=True):
             with torch.inference_mode(weight.tensor.is_inference()), torch.no_grad():
                 weight.tensor.copy_(value)
-        increment_versions(self._weights)
+        increment_versions(with_versions(self._weights))
 
 
 def _value(weight: Weight, tensors: Mapping[str, Any], label: str) -> Any:

@@ -7,21 +7,21 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from fastinterp.backends.cpu import Handle, PumpOptions
+from fastinterp.backends.cpu import Handle, PreparedSums, PumpOptions, memory_address
 from fastinterp.backends.torch_device import current_queue, device_of, memory, pinned
 from fastinterp.errors import BackendError, UsageError
 from fastinterp.execute.device.resident import ResidentExecutor
 from fastinterp.execute.device.streamed import StreamedExecutor
-from fastinterp.execute.jobs.tensor_io import TensorStep
+from fastinterp.execute.jobs.tensor_io import TensorIO, TensorStep
 from fastinterp.execute.rounds import PumpExecutor
 from fastinterp.execute.sources import Sources
 from fastinterp.in_memory.inputs import StoredTensor
 from fastinterp.ops.dtypes import CODE_BYTES, DType
-from fastinterp.ops.operands import Stored
+from fastinterp.ops.operands import Operand, Stored
 from fastinterp.ops.steps import CopyEqual
 from fastinterp.torch_models.endpoints import Endpoint, Endpoints, copy_by_kernel
 from fastinterp.torch_models.memory_block import MemoryBlock
-from fastinterp.torch_models.module_tensors import Weight, address_of
+from fastinterp.torch_models.module_tensors import Weight, address_of, addresses_of
 
 _LEFT = 1 << 30  # bytes of a device that are left to what the module computes
 _FROM_FILES = 64 << 10, 128 << 10  # bytes per read and write: what is read is still in the cache when it is combined
@@ -46,12 +46,13 @@ class EndpointOperands:
         self, models: Sequence[Endpoint], weights: Sequence[Weight], *, resident: bool, threads: int, isa: str,
         stack: ExitStack, device: Any = None,
     ):  # fmt: skip
-        self._isa, self._threads, self.device = isa, threads, device
+        self._isa, self.threads, self.device = isa, threads, device
         endpoints = Endpoints(models, stack, {name for w in weights for name in w.names})
         self._files = endpoints.files
         self.handles: list[Handle] = list(self._files.fds)
         self._held: list[Any] = []  # memory that handles point to
-        self._addresses: list[tuple[Any, int]] = []  # tensors of the caller's state dicts, and where they were
+        self._tensors: list[Any] = []  # of the caller's state dicts
+        self._addresses: list[int] = []  # where they were
         self.operands: list[list[Stored]] = []
         for model in models:
             tensors = endpoints.tensors(model)
@@ -86,12 +87,12 @@ class EndpointOperands:
         if overlaps or not tensor.is_contiguous() or tensor.is_neg():
             tensor = tensor.resolve_neg().contiguous()
             tensor = tensor.clone() if overlaps else tensor  # the module's own memory is what will be written
+        self._tensors.append(tensor)
+        self._addresses.append(address_of(tensor))
         return self.add(tensor, dtype)
 
     def add(self, tensor: Any, dtype: DType) -> Stored:
         """A contiguous tensor in memory as an operand."""
-        self._held.append(tensor)
-        self._addresses.append((tensor, address_of(tensor)))
         kind = "memory" if tensor.device.type == "cpu" else "device"
         self.handles.append((kind, tensor.data_ptr(), tensor.numel() * tensor.element_size()))
         return Stored(len(self.handles) - 1, 0, dtype.code or 0)
@@ -108,13 +109,26 @@ class EndpointOperands:
         tensors are at other addresses, or have no memory by now.
         """
         self._files.refuse_changed("it is no longer what Live opened: it was changed or removed. Make a new Live")
-        if any(address_of(tensor) != address for tensor, address in self._addresses):
+        if addresses_of(self._tensors) != self._addresses:
             raise UsageError("the tensors of a state dict were given other memory. Give the end points to another Live")
 
     @property
     def all_on_device(self) -> bool:
         """Whether kernels of the module's device reach all operands where they are."""
         return self.device is not None and all(self._on_device(o) for model in self.operands for o in model)
+
+    def prepared(self, places: Sequence[TensorIO], sinks: Sequence[Handle]) -> PreparedSums | None:
+        """The sums of each tensor's operands, each into its first sink, of which only the row is to be told.
+
+        None, if not all operands are plain elements in memory that the CPU reaches.
+        """
+        sums = []
+        for io in places if self.device is None else ():
+            arrays = [array for o in io.operands if (array := self._array(o)) is not None]
+            if len(arrays) < len(io.operands):
+                return None
+            sums.append((arrays, (memory_address(sinks[io.sinks[0]]), io.out_dtype), io.numel))
+        return PreparedSums(sums, self._isa) if self.device is None else None
 
     def executor(self, sinks: Sequence[Handle]) -> PumpExecutor | StreamedExecutor:
         """The executor that runs steps from the end points into `sinks`."""
@@ -130,9 +144,16 @@ class EndpointOperands:
         """The executor of the CPU, from the end points that it reaches."""
         read, write = _FROM_FILES if self._files.fds else _FROM_MEMORY
         sources = [("memory", 0, 0) if _is_device(handle) else handle for handle in self.handles]
-        options = PumpOptions(isa=self._isa, threads=self._threads, write_bytes=write, read_bytes=read)
+        options = PumpOptions(isa=self._isa, threads=self.threads, write_bytes=write, read_bytes=read)
         # Scratch for memory is never touched.
         return PumpExecutor(sources, sinks, options, self._explained, 0, None, 1 << 60)
+
+    def _array(self, operand: Operand) -> tuple[int, int] | None:
+        """Address and dtype code of an operand that is plain elements in memory; None of others."""
+        if not isinstance(operand, Stored) or operand.decoder is not None or operand.low_rank is not None:
+            return None
+        handle = self.handles[operand.source]
+        return (memory_address(handle) + operand.offset, operand.dtype) if isinstance(handle, tuple) else None
 
     def _on_device(self, operand: Stored) -> bool:
         return _is_device(self.handles[operand.source])

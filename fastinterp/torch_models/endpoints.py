@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from msgspec.structs import replace as struct_replace
 
@@ -36,7 +36,14 @@ from fastinterp.plan.tensor_sets import following, is_recomputed
 from fastinterp.recipe.tensor_groups import HasShape
 from fastinterp.torch_models.module_tensors import TensorSpec, Weight, equal_bytes, is_extra_state, tied_error
 
-Model = str | os.PathLike[str] | Mapping[str, Any]  # a checkpoint's path or Hub id, or a state dict
+Model = Annotated[
+    str | os.PathLike[str] | Mapping[str, Any],
+    """A model of a path: a checkpoint's place (see `Checkpoint`), or a state dict.
+
+    A state dict maps names to tensors, as `module.state_dict()` returns it: torch tensors on one device, for
+    `fastinterp.path` numpy arrays, too. Its tensors are read at every point, not copied: leave them as they are.
+    """,
+]
 _CHUNK = 8 << 20  # bytes that are compared at a time
 
 

@@ -32,6 +32,7 @@ from fastinterp.torch_models.module_tensors import (
     increment_versions,
     matches,
     weights_of,
+    with_versions,
 )
 from fastinterp.torch_models.step_lock import StepLock, call
 from fastinterp.torch_models.stream_order import StreamOrder
@@ -115,6 +116,7 @@ class Live:
             self._weights = [w for w in self._weights if computed.isdisjoint(w.names)]
             _check_fit(models, self._weights, layers, computed if integers is None else computed | copied.names)
             warn_unlike(models, stacklevel=2)
+            self._tensors = with_versions(self._weights)
             self._operands = EndpointOperands(
                 models, self._weights, resident=resident, threads=cpu_threads(threads), isa=cpu_isa(), stack=stack,
                 device=self._device,
@@ -170,7 +172,7 @@ class Live:
                     self._operands.refuse_changed()  # which says more than what came of it
                 raise
             finally:
-                increment_versions(self._weights)
+                increment_versions(self._tensors)
 
     def restore(self) -> None:
         """Give the module its own weights back. `set` can be called again."""
@@ -178,7 +180,7 @@ class Live:
             self._check_open()
             self._check_in_place()
             self._restore()
-            increment_versions(self._weights)
+            increment_versions(self._tensors)
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -201,7 +203,7 @@ class Live:
             try:
                 self._check_in_place()
                 self._restore()
-                increment_versions(self._weights)
+                increment_versions(self._tensors)
             finally:
                 self._open = False
                 self._stack.close()

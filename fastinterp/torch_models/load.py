@@ -18,6 +18,8 @@ from fastinterp.in_memory.allocate import Framework, maker, torch_dtype
 from fastinterp.paths.points import Point
 from fastinterp.plan.plan import Plan, plan_recipe
 from fastinterp.plan.planned import PlannedTensor
+from fastinterp.presence import is_folder
+from fastinterp.recipe.document import Source
 from fastinterp.torch_models.module_tensors import (
     Mismatches,
     Weight,
@@ -26,14 +28,14 @@ from fastinterp.torch_models.module_tensors import (
     is_extra_state,
     tied_error,
     weights_of,
+    with_versions,
 )
 
-Source = str | os.PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Point
 Places = dict[str, tuple[int, int]]  # tensor name -> address, bytes
 
 
 def load(
-    recipe: Source,
+    recipe: Source | Point,
     *,
     dtype: str | None = None,
     device: Any = None,
@@ -63,7 +65,7 @@ def load(
 
 
 def load_iter(
-    recipe: Source,
+    recipe: Source | Point,
     *,
     dtype: str | None = None,
     device: Any = None,
@@ -95,7 +97,7 @@ def _streamed(
 
 def load_into(
     module: Any,
-    recipe: Source,
+    recipe: Source | Point,
     *,
     layers: str | Sequence[str] | None = None,
     rounding: str | None = None,
@@ -128,7 +130,7 @@ def load_into(
         else:
             _fill(plan, on_cpu, threads, scratch_bytes)
     finally:
-        increment_versions(weights)
+        increment_versions(with_versions(weights))
 
 
 def _check_module(module: Any, recipe: Any) -> None:
@@ -143,7 +145,7 @@ def _check_module(module: Any, recipe: Any) -> None:
         )
 
 
-def planned(recipe: Source, dtype: str | None, rounding: str | None, seed: int | None) -> Plan:
+def planned(recipe: Source | Point, dtype: str | None, rounding: str | None, seed: int | None) -> Plan:
     """The plan of one model in memory. Raises: CheckpointError, if it has several components; what plan_recipe does."""
     plan = plan_recipe(_recipe(recipe), None, dtype, rounding, seed, quantize="none", as_numbers=True)
     if plan.origin.source is not None:
@@ -151,14 +153,14 @@ def planned(recipe: Source, dtype: str | None, rounding: str | None, seed: int |
     return plan
 
 
-def _recipe(source: Source) -> str | Mapping[str, Any] | Sequence[Mapping[str, Any]]:
+def _recipe(source: Source | Point) -> str | Mapping[str, Any] | Sequence[Mapping[str, Any]]:
     """Raises: UsageError, if it is nothing that can be loaded."""
     if isinstance(source, Point):
         return source.recipe
     if isinstance(source, (Mapping, list, tuple)) or (isinstance(source, str) and "\n" in source):
         return source
     path = path_of(source, "recipe")
-    if os.path.isdir(os.path.expanduser(path)) or path.endswith((WEIGHTS, INDEX, *PICKLES)):
+    if is_folder(os.path.expanduser(path)) or path.endswith((WEIGHTS, INDEX, *PICKLES)):
         return {"merge_method": "passthrough", "models": [{"model": path}]}
     return path
 

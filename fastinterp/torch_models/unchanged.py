@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import is_
 from typing import Any
 
-from fastinterp.torch_models.module_tensors import Weight, identity_of, tensors_of
+from fastinterp.torch_models.module_tensors import Weight, addresses_of, identity_of, tensors_of
 
 
 class TensorWatch:
@@ -26,14 +27,18 @@ class TensorWatch:
         names = [name for w in weights if w.nbytes for name in w.names]
         # A name that a module's own state_dict has made up is in no slot.
         named = [slots.get(name) for name in names]
-        self._tensors = [(*slot, slot[2].data_ptr()) for slot in named if slot is not None and slot[2] is not None]
-        self._quick = len(self._tensors) == len(names)
+        found = [slot for slot in named if slot is not None and slot[2] is not None]
+        self._slots = [held for held, _, _ in found], [name for _, name, _ in found]
+        self._tensors = [x for _, _, x in found]
+        self._addresses = addresses_of(self._tensors)
+        self._quick = len(found) == len(names)
 
     def gone(self) -> list[str]:
         """Names of the weights that the module no longer holds, or at another address."""
         if (
             self._quick
-            and all(held.get(name) is x and x.data_ptr() == address for held, name, x, address in self._tensors)
+            and all(map(is_, map(dict.get, *self._slots), self._tensors))
+            and addresses_of(self._tensors) == self._addresses
             and all(children.get(name) is child for children, name, child in self._submodules)
         ):
             return []

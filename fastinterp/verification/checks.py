@@ -21,6 +21,7 @@ from fastinterp.execute.torn import holes_in
 from fastinterp.messages import listed
 from fastinterp.messages import size as shown_size
 from fastinterp.output.receipt import ReceiptFile, SmallFile, WeightsFile, hexadecimal
+from fastinterp.presence import file_size
 from fastinterp.progress import Progress
 
 _SHOWN = 3  # tensors in a message, before the rest is only counted
@@ -73,7 +74,7 @@ def check_stated(path: Path, threads: int | None, progress: Progress | None) -> 
     if stated is None:
         return Checked((), 0, 0, 0)
     start = min((entry.start for entry in header.entries), default=0)
-    size = path.stat().st_size
+    size = file_size(path) or 0
     found = sum(regions_of(path, start, size, threads, progress)) % 2**64
     findings = []
     if found != stated:
@@ -106,9 +107,9 @@ def _check_weights(
     folder: Path, name: str, receipt: WeightsFile, threads: int | None, progress: Progress | None
 ) -> list[Finding]:  # fmt: skip
     path = folder / name
-    if not path.is_file():
+    size = file_size(path)
+    if size is None:
         return [Finding(name, "it is missing")]
-    size = path.stat().st_size
     if size != receipt.size:
         return [Finding(name, f"it has {size} bytes, and the receipt says {receipt.size}")]
     start = receipt.data_start
@@ -144,10 +145,11 @@ def tensors_in(entries: Iterable[Entry], spans: Sequence[tuple[int, int]]) -> li
 
 
 def _check_small(path: Path, name: str, receipt: SmallFile) -> list[Finding]:
-    if not path.is_file():
+    size = file_size(path)
+    if size is None:
         return [Finding(name, "it is missing")]
-    if path.stat().st_size != receipt.size:
-        return [Finding(name, f"it has {path.stat().st_size} bytes, and the receipt says {receipt.size}")]
+    if size != receipt.size:
+        return [Finding(name, f"it has {size} bytes, and the receipt says {receipt.size}")]
     if small_file(pieces_of(str(path))) != receipt:
         return [Finding(name, "its content is not what was written")]
     return []

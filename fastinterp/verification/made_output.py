@@ -14,11 +14,12 @@ from fastinterp.checkpoint.journal_file import FINISHING, journal_path, state_of
 from fastinterp.checkpoint.names import GGUF, WEIGHTS, quote
 from fastinterp.checkpoint.open import open_checkpoint
 from fastinterp.checkpoint.unfinished import about_unfinished
-from fastinterp.errors import CheckpointError, UsageError
+from fastinterp.errors import CheckpointError, UnreadableError, UsageError
 from fastinterp.messages import listed
 from fastinterp.ops.combine import NUMERICS
 from fastinterp.output.receipt import RECEIPT, ReceiptFile, read_receipt
 from fastinterp.plan.outputs import RECEIPT_KEY
+from fastinterp.presence import exists, is_file, is_folder, names_at
 
 _SHOWN = 5  # names in a message, before the rest is only counted
 _NONE = (
@@ -87,16 +88,16 @@ def open_output(name: str) -> MadeOutput:
     outputs, or is a part of one.
     """
     path = Path(os.path.expanduser(name))
-    if not path.exists():
+    if not exists(path):
         unfinished = about_unfinished(path.parent, path.name) if path.name.endswith((WEIGHTS, GGUF)) else ""
         missing = f"there is no such file yet: {unfinished}" if unfinished else "there is no such folder or file"
         raise CheckpointError(missing, file=name or "''")
-    if path.is_dir():
+    if is_folder(path):
         return _of_folder(name, path)
     if not path.name.endswith((WEIGHTS, GGUF)):
         raise CheckpointError(_NONE, file=name)
     beside = path.parent / RECEIPT
-    if beside.is_file() and path.name in read_receipt(str(beside)).weights:
+    if is_file(beside) and path.name in read_receipt(str(beside)).weights:
         raise UsageError(f"{quote(name)} is a part of the output {quote(str(path.parent))}. Name that")
     told = _told(read_header(path, 0).metadata.get(RECEIPT_KEY), name)
     return MadeOutput(name, path, path.name, (path,), told, None)
@@ -104,13 +105,13 @@ def open_output(name: str) -> MadeOutput:
 
 def _of_folder(name: str, path: Path) -> MadeOutput:
     unfinished = about_unfinished(path)
-    if unfinished and (state_of(journal_path(path)) == FINISHING or not (path / RECEIPT).is_file()):
+    if unfinished and (state_of(journal_path(path)) == FINISHING or not is_file(path / RECEIPT)):
         raise CheckpointError(unfinished, file=name)
-    if (path / RECEIPT).is_file():
+    if is_file(path / RECEIPT):
         receipt = read_receipt(str(path / RECEIPT))
         weights = tuple(path / file for file in receipt.weights)
         return MadeOutput(name, path, "", weights, _told(receipt.merge, name), receipt)
-    if (path / ADAPTER_CONFIG).is_file():
+    if is_file(path / ADAPTER_CONFIG):
         raise CheckpointError(_ADAPTER, file=name)
     if not _has_weights(path):
         if inside := outputs_in(path):
@@ -146,10 +147,10 @@ def refuse_numerics(told: Told, name: str) -> None:
 def several_in(name: str) -> list[str]:
     """The outputs in a folder that is none itself; empty, if it is one, or has none."""
     path = Path(os.path.expanduser(name))
-    if not path.is_dir() or (path / RECEIPT).is_file():
+    if not is_folder(path) or is_file(path / RECEIPT):
         return []
-    folders = [p for p in outputs_in(path) if p.is_dir()]
-    files = [p for p in outputs_in(path) if not p.is_dir()]
+    folders = [p for p in outputs_in(path) if is_folder(p)]
+    files = [p for p in outputs_in(path) if not is_folder(p)]
     if _has_weights(path):
         return [str(p) for p in files] if len(files) > 1 and not folders and _alone(files) else []
     return [str(p) for p in folders]
@@ -164,27 +165,24 @@ def _alone(files: list[Path]) -> bool:
 
 def outputs_in(folder: Path) -> list[Path]:
     """The folders and files in a folder that are outputs themselves: the points of a path or a sweep."""
-    try:
-        entries = sorted(folder.iterdir())
-    except OSError:
-        return []
-    return [p for p in entries if _is_output(p)]
+    return [path for path in (folder / name for name in names_at(folder)) if _is_output(path)]
 
 
 def _is_output(path: Path) -> bool:
     if path.name.startswith("."):
         return False
     try:
-        if path.is_dir():
-            if (path / RECEIPT).is_file():
+        if is_folder(path):
+            if is_file(path / RECEIPT):
                 return True
-            files = [p for p in sorted(path.iterdir()) if p.name.endswith((WEIGHTS, GGUF))]
-            path = files[0] if files else path
-        return path.name.endswith((WEIGHTS, GGUF)) and path.is_file() and RECEIPT_KEY in read_header(path, 0).metadata
-    except (OSError, CheckpointError):
+            files = [name for name in names_at(path) if name.endswith((WEIGHTS, GGUF))]
+            path = path / files[0] if files else path
+        return path.name.endswith((WEIGHTS, GGUF)) and is_file(path) and RECEIPT_KEY in read_header(path, 0).metadata
+    except UnreadableError:
+        raise
+    except CheckpointError:
         return False
 
 
 def _has_weights(folder: Path) -> bool:
-    names = os.listdir(folder)
-    return any(n.endswith((WEIGHTS, GGUF)) or n in ("model_index.json", "modules.json") for n in names)
+    return any(n.endswith((WEIGHTS, GGUF)) or n in ("model_index.json", "modules.json") for n in names_at(folder))

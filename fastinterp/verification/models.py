@@ -5,21 +5,32 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
 
 from fastinterp.checkpoint import hub
 from fastinterp.checkpoint.names import quote, shell_word
 from fastinterp.errors import CheckpointError, UsageError
 from fastinterp.messages import listed, suggestion
+from fastinterp.presence import is_folder
 from fastinterp.verification.made_output import MadeOutput
 from fastinterp.verification.recipes import named_paths
 
-Given = str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | Mapping[str, str | os.PathLike[str]] | None
+ModelPlaces = Annotated[
+    str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | Mapping[str, str | os.PathLike[str]],
+    """Where the models of a receipt are now, if they are not where it says, or near the output.
+
+    "models/"              a folder that has them, by the names in the receipt
+    "NAME=PATH"            the place of one model
+    ["a=/x/a", "models/"]  several of both
+    {"NAME": "PATH"}       the same as a mapping
+    """,
+]
 
 _ABOVE = 3  # folders above the output that are searched, and the folders in each of them
 _MOST = 2000  # entries of a folder that are looked at
 
 
-def found_models(made: MadeOutput, given: Given) -> dict[str, str]:
+def found_models(made: MadeOutput, given: ModelPlaces | None) -> dict[str, str]:
     """Name in the receipt -> where that model is, for those that are not where their names say.
 
     given  where models are: `NAME=PATH` for one of them, or a folder that has several; or a mapping by name
@@ -40,7 +51,7 @@ def found_models(made: MadeOutput, given: Given) -> dict[str, str]:
     return found
 
 
-def _split(given: Given, wanted: Sequence[str]) -> tuple[dict[str, str], list[Path]]:
+def _split(given: ModelPlaces | None, wanted: Sequence[str]) -> tuple[dict[str, str], list[Path]]:
     """What is given for single models, and folders to look in."""
     if given is None:
         return {}, []
@@ -62,7 +73,7 @@ def _split(given: Given, wanted: Sequence[str]) -> tuple[dict[str, str], list[Pa
     folders = []
     for item in every:
         folder = Path(os.path.expanduser(item))
-        if not folder.is_dir():
+        if not is_folder(folder):
             name = item.partition("=")[0]
             hint = f"the receipt names no model {quote(name)}{suggestion(name, wanted)}" if "=" in item else "no folder"
             raise UsageError(f"{quote(item)}: {hint}. The models are {listed(wanted, 8)}")

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from fastinterp.checkpoint.names import shell_word
-from fastinterp.errors import CheckpointError, RecipeError
+from fastinterp.errors import CheckpointError, RecipeError, UnreadableError
 from fastinterp.messages import clipped
 from fastinterp.plan.plan import Plan, documents, make_plan
 from fastinterp.recipe.document import from_text
@@ -35,7 +35,8 @@ def plan_again(made: MadeOutput, places: Mapping[str, str]) -> Plan:
     try:
         return _plan(made, recipes)
     except CheckpointError as error:
-        if error.file is None or error.file not in used_paths(recipes) or os.path.exists(error.file):
+        known = error.file is None or isinstance(error, UnreadableError)
+        if known or error.file not in used_paths(recipes) or os.path.exists(error.file):
             raise
         where = f"If it is a folder or a file, say where it is: --models {shell_word(error.file)}=PATH"
         raise CheckpointError(f"{error.message.rstrip('. ')}. {where}", file=error.file) from None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -11,17 +13,22 @@ from fastinterp.arguments import path_of, size_of
 from fastinterp.backends.cpu import Progress
 from fastinterp.checkpoint.checksum import stated_checksum
 from fastinterp.checkpoint.file_kinds import read_header
-from fastinterp.checkpoint.names import GGUF, WEIGHTS, names_file, quote
-from fastinterp.errors import UsageError
+from fastinterp.checkpoint.names import GGUF, WEIGHTS, is_relative, names_file, quote
+from fastinterp.checkpoint.regular_file import pieces_of
+from fastinterp.checkpoint.sidecar_files import refuse_link
+from fastinterp.errors import CheckpointError, UsageError
+from fastinterp.execute.checksums import small_file
 from fastinterp.execute.report import Report
 from fastinterp.execute.to_files import write_outputs
 from fastinterp.messages import listed
 from fastinterp.methods import Method, given
 from fastinterp.output.receipt import RECEIPT
 from fastinterp.plan.given_sums import with_sums
+from fastinterp.presence import file_size
 from fastinterp.progress import callback_of
+from fastinterp.recipe.load import Recipe
 from fastinterp.verification.made_output import MadeOutput, open_output, refuse_numerics
-from fastinterp.verification.models import Given, found_models
+from fastinterp.verification.models import ModelPlaces, found_models
 from fastinterp.verification.recipes import plan_again
 
 
@@ -67,7 +74,7 @@ def replay(
     output: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    models: Given = None,
+    models: ModelPlaces | None = None,
     device: str = "auto",
     threads: int | None = None,
     max_memory: str | int = "512MB",
@@ -97,11 +104,41 @@ def replay(
         plan = plan_again(made, found_models(made, models))
         if made.receipt is not None:
             plan = with_sums(plan, made.receipt.coefficients, str(made.folder / RECEIPT))
+        edit_files = partial(_as_listed, made) if made.receipt is not None else None
         (report,) = write_outputs(
             [plan], [[target]], device=device, threads=threads, max_memory=size_of(max_memory), force=force,
-            durable=durable, progress=callback_of(progress),
+            durable=durable, progress=callback_of(progress), edit_files=edit_files,
         )  # fmt: skip
     return Replay(report, _differences(made, open_output(target)))
+
+
+def _as_listed(made: MadeOutput, recipe: Recipe, files: dict[str, bytes | Path]) -> None:
+    """Make the small files of the new output those that the receipt lists: without others, as options of other programs
+    leave out; with a copy of the recipe, as mergekit's programs write it, or of what is beside the receipt.
+    """
+    assert made.receipt is not None
+    for name in files.keys() - made.receipt.files.keys():
+        del files[name]
+    text = made.told.recipe.encode("utf-8", "surrogatepass")
+    for name in made.receipt.files.keys() - files.keys():
+        if small_file([text]) == made.receipt.files[name]:
+            files[name] = text
+        elif is_relative(name) and _is_unchanged(made, name):
+            files[name] = made.folder / name
+
+
+def _is_unchanged(made: MadeOutput, name: str) -> bool:
+    """Whether a small file of the output is there, and is what the receipt says."""
+    assert made.receipt is not None
+    try:
+        refuse_link(made.folder, name)
+        path = made.folder / name
+        return (
+            file_size(path) == made.receipt.files[name].size
+            and small_file(pieces_of(str(path))) == made.receipt.files[name]
+        )
+    except CheckpointError:
+        return False
 
 
 def _differences(made: MadeOutput, again: MadeOutput) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from fastinterp.progress import callback_of
 from fastinterp.verification.checks import Checked, Finding, check_files, check_stated
 from fastinterp.verification.inputs import changed_inputs
 from fastinterp.verification.made_output import MadeOutput, open_output, refuse_numerics
-from fastinterp.verification.models import Given, found_models
+from fastinterp.verification.models import ModelPlaces, found_models
 from fastinterp.verification.pieces import Piece, pieces_of, sampled, whole_pieces
 from fastinterp.verification.recipes import plan_again
 from fastinterp.verification.recompute import Difference, Place, differences
@@ -124,7 +124,7 @@ def verify(
     sample: float = 0.01,
     full: bool = False,
     inputs: bool = False,
-    models: Given = None,
+    models: ModelPlaces | None = None,
     threads: int | None = None,
     max_memory: str | int = "512MB",
     progress: Progress | bool | None = None,
@@ -178,7 +178,7 @@ def _recompute(
     fraction: float,
     full: bool,
     inputs: bool,
-    models: Given,
+    models: ModelPlaces | None,
     threads: int | None,
     max_memory: int,
     progress: Progress | None,

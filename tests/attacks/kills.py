@@ -6,6 +6,8 @@ Each case starts a command and sends its process a signal, up to three times in 
 start and its end, or, most often, between the first change of the output and its end. Unless all was done by then, the
 same command runs again, undisturbed. The output must have the bytes of an undisturbed run, file for file, nothing else
 may lie beside it, and the inputs must be as they were. Prints a table; exit code 1, if a case failed.
+
+Of torchrun's processes, the launcher, a rank or all of them get the signal.
 """
 
 from __future__ import annotations
@@ -133,7 +135,7 @@ def disturbed(
     number: signal.Signals,
     random: Random,
 ) -> int:
-    """The exit code of a command that gets a signal. Of several processes, one that is drawn gets it.
+    """The exit code of a command that gets a signal. Of several processes all get it, or one that is drawn.
 
     times  what `duration` measured
     """
@@ -151,8 +153,10 @@ def disturbed(
         else:
             time.sleep(random.uniform(0, times[0]))
         children = _children(process.pid)
-        with suppress(ProcessLookupError):
-            os.kill(random.choice([process.pid, *children]), number)
+        every = [process.pid, *children]
+        for pid in every if random.random() < 0.4 else [random.choice(every)]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
         return process.wait(LIMIT_S)
     finally:
         for left in [process.pid, *children]:

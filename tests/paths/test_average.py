@@ -230,3 +230,11 @@ def test_what_is_wrong_with_a_checkpoint_is_said_by_its_name(run):
     Path("run/checkpoint-1000/model.safetensors").write_bytes(b"cut short")
     assert "run/checkpoint-1000" in command(*given(), "-o", "out", code=3)
     assert not Path("out").exists()
+
+
+def test_a_failure_says_what_it_is_about(run):
+    """There is no file of a recipe, so the command is named, with its models."""
+    args = ["average", "run/checkpoint-500", "./nowhere", "--in-order", "-o", "out", "--json"]
+    done = CliRunner().invoke(commands, args, prog_name="fastinterp")
+    found = json.loads(done.stdout)
+    assert (done.exit_code, found["recipe"]) == (3, "fastinterp average of run/checkpoint-500, ./nowhere")

@@ -22,7 +22,7 @@ SOURCES = sorted({*(ROOT / "fastinterp").rglob("*.py"), *(ROOT / "fastinterp" / 
 
 # Each part of the package, and the parts it may import beside itself. The most specific name counts: a module of
 # ops/ that is not named here belongs to `ops`. Parts that import nothing but themselves are leaves.
-LEAVES = {"errors", "messages", "html", "progress", "_version"}
+LEAVES = {"errors", "messages", "html", "progress", "presence", "_version"}
 CONTRACT = {"ops", "ops.steps"}
 PLANNING = LEAVES | CONTRACT | {"arguments", "recipe", "methods", "checkpoint", "output", "tokenizer"}
 RUNNING = PLANNING | {"plan", "backends", "execute"}
@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "messages": set(),
     "html": set(),
     "progress": set(),
+    "presence": {"errors"},
     "_version": set(),
     "_C": set(),
     "_cuda": set(),
@@ -102,7 +103,9 @@ MAY_INCLUDE: dict[str, set[str]] = {
     "binding/steps.*": {"binding/steps.h", "binding/parse.h", "checksum.h", "range_cache.h", "steps/*"},
     "binding/range_cache.cpp": {"binding/steps.h", "range_cache.h"},
     "binding/files.cpp": {"binding/steps.h", "cpu/backend.h"},
-    "binding/module.cpp": {"binding/*", "decoder.h", "steps/histogram.h", "memory.h", "pump.h", "cpu/backend.h"},
+    "binding/sums.*": {"binding/sums.h", "binding/parse.h", "cpu/backend.h", "memory.h"},
+    "binding/plain_sums.cpp": {"binding/sums.h", "cpu/backend.h", "memory.h"},
+    "binding/module.cpp": {"binding/*", "decoder.h", "steps/histogram.h", "pump.h", "cpu/backend.h"},
 }
 # What is compiled once per instruction set may share no inline function with the rest: the linker keeps one copy, and
 # that may be the one with AVX-512 in it. So: headers of C and of intrinsics, nothing of the C++ library.

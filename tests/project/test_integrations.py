@@ -1,4 +1,4 @@
-"""The examples of docs/INTEGRATIONS.md run as they are written, one after the other, in one folder."""
+"""The examples of the pages for users of torch, transformers, PEFT and sd-mecha run as they are written."""
 
 from __future__ import annotations
 
@@ -21,8 +21,13 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = (ROOT / "docs" / "INTEGRATIONS.md").read_text("utf-8")
-EXAMPLES = dict(re.findall(r"^##+ ([^\n]+)\n(?:(?!^##).)*?```python\n(.*?)```", PAGE, re.DOTALL | re.MULTILINE))
+PAGES = [(ROOT / "docs" / f"{name}.md").read_text("utf-8") for name in ("INTEGRATIONS", "TORCH", "PEFT", "SD-MECHA")]
+PAGE = PAGES[0]
+EXAMPLES = {
+    heading: code
+    for page in PAGES
+    for heading, code in re.findall(r"^##+ ([^\n]+)\n(?:(?!^##).)*?```python\n(.*?)```", page, re.DOTALL | re.MULTILINE)
+}
 
 
 class Numbers(torch.utils.data.Dataset[Any]):
@@ -35,8 +40,8 @@ class Numbers(torch.utils.data.Dataset[Any]):
 
 
 def test_every_section_has_an_example():
-    headings = re.findall(r"^##+ ([^\n]+)$", PAGE, re.MULTILINE)
-    assert headings == [*EXAMPLES, "Speed of each"] and len(headings) == 7
+    headings = [heading for page in PAGES for heading in re.findall(r"^##+ ([^\n]+)$", page, re.MULTILINE)]
+    assert sorted(headings) == sorted([*EXAMPLES, "Speed of each"]) and len(headings) == 7
 
 
 def test_speed_table_is_that_of_the_committed_results():
@@ -46,7 +51,7 @@ def test_speed_table_is_that_of_the_committed_results():
 
 
 def test_torch():
-    exec(EXAMPLES["torch"], {})
+    exec(EXAMPLES["Running averages"], {})
 
 
 def test_checkpoints_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -74,7 +79,7 @@ def test_peft():
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     model = peft.get_peft_model(llama(1), config, "first")
     model.add_adapter("second", config)
-    exec(EXAMPLES["PEFT"], {"model": model})
+    exec(EXAMPLES["add_weighted_adapter"], {"model": model})
     assert model.active_adapter == "both"
 
 
@@ -88,5 +93,5 @@ def test_sd_mecha(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name in "abc":
         folder = save(tmp_path / f"folder {name}", {"model.diffusion_model.out.0.bias": np.ones(3, np.float32)})
         (folder / "model.safetensors").rename(tmp_path / f"{name}.safetensors")
-    exec(EXAMPLES["sd-mecha"], {})
+    exec(EXAMPLES["Graphs of sd-mecha"], {})
     assert (tmp_path / "merged.safetensors").exists()

@@ -4,6 +4,7 @@ ROUND=BYTES       inputs that a round reads
 KILL=SIGNAL:N     it sends itself the signal when it has noted N rounds; SIGNAL:-N: when it is about to note round N
 FINISH=SIGNAL:N   the same when it is about to rename or remove file N while it puts outputs in place
 KEPT_S=SECONDS    of work, from which on an interrupted run keeps its output
+TRIES=N           in a row of a range of a file elsewhere, that bring nothing
 BOOT, VERSION     what it takes for the boot of the machine, and for its own version
 """
 
@@ -12,6 +13,7 @@ import signal
 from typing import Any
 
 from fastinterp.__main__ import main
+from fastinterp.checkpoint import http_ranges
 from fastinterp.execute import rounds
 from fastinterp.execute.resume import identity, notes, session
 from fastinterp.output import finish, journal
@@ -21,6 +23,8 @@ if "ROUND" in os.environ:
     rounds.ROUND_BYTES = notes.ROUND_BYTES = int(os.environ["ROUND"])
 if "KEPT_S" in os.environ:
     session.KEPT_S = float(os.environ["KEPT_S"])
+if "TRIES" in os.environ:
+    http_ranges.__dict__["_TRIES"] = int(os.environ["TRIES"])
 if "BOOT" in os.environ:
     session.__dict__["boot"] = lambda: os.environ["BOOT"]
 if "VERSION" in os.environ:

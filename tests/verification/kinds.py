@@ -10,6 +10,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 import fastinterp
+from fastinterp.integrations.mergekit_options import run, settings_of
+from fastinterp.recipe.load import load_recipes
 from tests.support import gguf_models, quantised_models
 from tests.support.merged import recipe_of, related, saved_in
 
@@ -131,8 +133,24 @@ def _quantised(root: Path) -> Path:
     return root / "out"
 
 
+def _mergekit(**values: object) -> Made:
+    """By the program fastinterp-mergekit, with these options."""
+
+    def made(root: Path) -> Path:
+        paths = saved_in(root / "models", related(2))
+        (paths[0] / "tokenizer.json").write_text("{}")
+        (root / "recipe.yml").write_text("# mine\n" + json.dumps(recipe_of("linear", paths)))
+        recipes = load_recipes(str(root / "recipe.yml"))
+        run(recipes, recipes[-1].text, root / "out", settings_of(values))
+        return root / "out"
+
+    return made
+
+
 KINDS: dict[str, Made] = {
     "folder": _folder, "shards": _shards, "stochastic": _stochastic, "file": _file, "gguf": _gguf,
     "pipeline": _pipeline, "path": _path, "sweep": _sweep, "average": _average, "documents": _documents,
     "intermediate": _intermediate, "adapters": _adapters, "quantised": _quantised,
+    "mergekit": _mergekit(), "mergekit, without card": _mergekit(write_model_card=False),
+    "mergekit, without tokenizer": _mergekit(copy_tokenizer=False, random_seed=3),
 }  # fmt: skip

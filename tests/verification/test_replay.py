@@ -11,7 +11,9 @@ import pytest
 
 import fastinterp
 from fastinterp.errors import CheckpointError, UsageError
+from fastinterp.integrations.mergekit_options import run, settings_of
 from fastinterp.methods import names
+from fastinterp.recipe.load import load_recipes
 from tests.support.merged import recipe_of, related, saved_in, tree
 from tests.verification.kinds import KINDS
 
@@ -148,3 +150,19 @@ def test_a_changed_input_is_told(tmp_path):
     assert result.exit_code == 1
     assert result.differences == ("model.safetensors",)
     assert "different from the receipt, because an input has changed since: model.safetensors" in result.summary()
+
+
+def test_the_copy_of_the_recipe_that_mergekit_writes(tmp_path, monkeypatch):
+    """It is made from the receipt alone, where that has the same text; else copied, and its absence is told."""
+    paths = saved_in(tmp_path / "models", related(2))
+    monkeypatch.chdir(tmp_path)
+    for name, models in (("relative", ["models/base", "models/ft1"]), ("absolute", list(map(str, paths)))):
+        text = "# mine\n" + json.dumps(recipe_of("linear", models))
+        (tmp_path / "recipe.yml").write_text(text)
+        recipes = load_recipes("recipe.yml")
+        run(recipes, recipes[-1].text, name, settings_of({}))
+        assert fastinterp.replay(name, f"{name}-again").same
+        assert Path(f"{name}-again", "mergekit_config.yml").read_text() == text
+        Path(name, "mergekit_config.yml").write_text("# another's\n")
+        result = fastinterp.replay(name, f"{name}-alone")
+        assert result.differences == (() if name == "relative" else ("mergekit_config.yml",))

@@ -45,7 +45,8 @@ from fastinterp.output.shared_folder import (
     stands,
     write_note,
 )
-from fastinterp.plan.plan import Plan, Source, plan_recipe
+from fastinterp.plan.plan import Plan, plan_recipe
+from fastinterp.recipe.document import Source
 
 _KEY = 12  # digits of the key of a merge
 _POLL_S = 0.05  # between polls of what the other ranks have finished

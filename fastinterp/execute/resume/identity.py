@@ -13,13 +13,13 @@ import msgspec
 from fastinterp._version import __version__
 from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.checkpoint.regular_file import stamp_of
-from fastinterp.checkpoint.remote import open_readable
-from fastinterp.errors import CheckpointError
+from fastinterp.checkpoint.remote import open_readable, read_up_to
 from fastinterp.messages import listed
 from fastinterp.methods import is_own
 from fastinterp.ops.combine import NUMERICS
 from fastinterp.plan.models import Model
 from fastinterp.plan.plan import Plan
+from fastinterp.presence import names_at
 from fastinterp.recipe.load import Recipe
 
 _DIGEST = 16  # bytes
@@ -129,7 +129,7 @@ def _inputs(models: Sequence[Model]) -> dict[str, tuple[int, int, int, str]]:
             if real not in found:
                 found[real] = (*stamp[:3], _header(path, stamp[0]))
         for folder in dict.fromkeys((checkpoint.root, *(path.parent for path in checkpoint.files))):
-            for path in _small_files(folder):
+            for path in (folder / name for name in names_at(folder) if name.endswith(_READ_BY_PLANS)):
                 small = stamp_of(path)
                 if small is not None:
                     found.setdefault(os.path.realpath(path), (*small[:3], ""))
@@ -144,22 +144,12 @@ def _with_adapters(checkpoints: Iterable[Checkpoint | None]) -> list[Checkpoint]
     return list(found.values())
 
 
-def _small_files(folder: Path) -> list[Path]:
-    try:
-        return sorted(folder / name for name in os.listdir(folder) if name.endswith(_READ_BY_PLANS))
-    except OSError:
-        return []
-
-
 def _header(path: Path, size: int) -> str:
-    """A hash of the header of a file of weights; empty, if it cannot be read: it shows when data is."""
-    try:
-        with closing(open_readable(str(path))) as file:
-            start = file.pread(8, 0)
-            length = int.from_bytes(start, "little") if path.name.endswith(".safetensors") else _START
-            return _hashed([start, file.pread(min(length, size), 8)])
-    except (OSError, CheckpointError):
-        return ""
+    """A hash of the header of a file of weights."""
+    with closing(open_readable(str(path))) as file:
+        start = read_up_to(file, path, 0, 8)
+        length = int.from_bytes(start, "little") if path.name.endswith(".safetensors") else _START
+        return _hashed([start, read_up_to(file, path, 8, min(length, size))])
 
 
 def _hashed(parts: Iterable[bytes]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from fastinterp.checkpoint.sidecar_files import is_tokenizer_file
 from fastinterp.errors import CheckpointError, UsageError
 from fastinterp.paths.explore.requests import LONGEST, GenerationRequest
 from fastinterp.paths.explore.sliders import Sliders
+from fastinterp.presence import is_file, names_at
 from fastinterp.tokenizer.vocabulary import MAX_TOKENIZER
 from fastinterp.torch_models.live import Live
 
@@ -156,11 +156,11 @@ def check_model(checkpoint: str) -> Path:
     """
     root = open_checkpoint(checkpoint).root
     remedy = "Copy {} from the model that this one was made from, or name the folder that has it"
-    if not (root / "config.json").is_file():
+    if not is_file(root / "config.json"):
         raise CheckpointError(f"config.json is missing. {remedy.format('it')}", file=str(root))
-    files = [n for n in sorted(os.listdir(root)) if is_tokenizer_file(n)]
+    files = [n for n in names_at(root) if is_tokenizer_file(n)]
     settings = root / "tokenizer_config.json"
-    text = read_regular(str(settings), MAX_TOKENIZER).decode(errors="replace") if settings.is_file() else ""
+    text = read_regular(str(settings), MAX_TOKENIZER).decode(errors="replace") if is_file(settings) else ""
     byte_level = any(f'"{name}"' in text for name in _BYTE_LEVEL)
     if not byte_level and all(n.startswith(_NO_VOCABULARY) for n in files):
         only = f" (only {listing(files)})" if files else ""

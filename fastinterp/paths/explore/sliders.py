@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fastinterp.checkpoint.names import PICKLES, WEIGHTS
 from fastinterp.errors import UsageError
 from fastinterp.paths.report import PathReport
+from fastinterp.presence import is_folder
 from fastinterp.recipe.load import load_recipe
 
 ALPHA = "alpha"
@@ -45,7 +46,7 @@ class Sliders:
 
 
 def _of_recipe(source: str) -> Sliders:
-    if os.path.isdir(os.path.expanduser(source)) or source.endswith((WEIGHTS, *PICKLES)):
+    if is_folder(os.path.expanduser(source)) or source.endswith((WEIGHTS, *PICKLES)):
         raise UsageError(f"{source} is one checkpoint, and a path has two ends. Name the other, too, or give a recipe")
     recipe = load_recipe(source)
     coefficients = recipe.coefficients

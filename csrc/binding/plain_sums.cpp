@@ -1,0 +1,169 @@
+#include <cstdint>
+#include <cstdlib>
+#include <vector>
+
+#include "../cpu/backend.h"
+#include "../memory.h"
+#include "sums.h"
+
+namespace py = pybind11;
+
+namespace fi {
+
+namespace {
+
+// What __array_struct__ of a numpy array points to: version 3 of numpy's array interface.
+struct ArrayInterface {
+  int two, dimensions;
+  char kind;
+  int item_bytes, flags;
+  Py_ssize_t *shape, *strides;
+  void* data;
+  PyObject* description;
+};
+constexpr int kContiguous = 0x1, kNative = 0x200, kWritable = 0x400;
+
+struct View {
+  uintptr_t address = 0;
+  DType dtype{};
+  std::vector<int64_t> shape;
+};
+
+// An attribute's name. What fails returns null or false, and leaves no Python error.
+class Name {
+ public:
+  explicit Name(const char* name) : name_(PyUnicode_InternFromString(name)) {}
+  py::object of(const py::handle& object) const { return kept(PyObject_GetAttr(object.ptr(), name_)); }
+  py::object called(const py::handle& object) const { return kept(PyObject_CallMethodNoArgs(object.ptr(), name_)); }
+  // Whether the attribute, or what the method returns, is this value.
+  bool is(const py::handle& object, PyObject* value) const { return of(object).ptr() == value; }
+  bool returns(const py::handle& object, PyObject* value) const { return called(object).ptr() == value; }
+
+ private:
+  static py::object kept(PyObject* result) {
+    if (result == nullptr) PyErr_Clear();
+    return py::reinterpret_steal<py::object>(result);
+  }
+  PyObject* name_;  // kept until the process ends
+};
+
+struct Names {
+  Name array_struct{"__array_struct__"}, dtype{"dtype"}, shape{"shape"}, data_ptr{"data_ptr"}, is_cpu{"is_cpu"};
+  Name is_contiguous{"is_contiguous"}, is_neg{"is_neg"}, requires_grad{"requires_grad"};
+};
+
+const Names& names() {
+  static const Names* names = new Names;
+  return *names;
+}
+
+// codes: dtype -> code. False: it has none.
+bool dtype_of_array(const py::handle& array, const py::dict& codes, DType* dtype) {
+  const py::object key = names().dtype.of(array);
+  PyObject* code = key ? PyDict_GetItemWithError(codes.ptr(), key.ptr()) : nullptr;
+  if (code == nullptr) {
+    PyErr_Clear();
+    return false;
+  }
+  *dtype = dtype_of(py::handle(code).cast<int>());
+  return true;
+}
+
+bool view_of_array(const py::handle& array, const py::dict& codes, bool writable, View* view) {
+  const py::object capsule = names().array_struct.of(array);
+  if (!capsule || !PyCapsule_CheckExact(capsule.ptr())) return false;
+  const auto* a = static_cast<const ArrayInterface*>(PyCapsule_GetPointer(capsule.ptr(), nullptr));
+  const int needed = kContiguous | kNative | (writable ? kWritable : 0);
+  if (a == nullptr || a->two != 2 || (a->flags & needed) != needed || !dtype_of_array(array, codes, &view->dtype))
+    return false;
+  view->address = reinterpret_cast<uintptr_t>(a->data);
+  view->shape.assign(a->shape, a->shape + a->dimensions);
+  return true;
+}
+
+bool view_of_tensor(const py::handle& tensor, const py::dict& codes, bool followed, View* view) {
+  const Names& n = names();
+  if (!n.is_cpu.is(tensor, Py_True) || !n.is_contiguous.returns(tensor, Py_True) || !n.is_neg.returns(tensor, Py_False))
+    return false;
+  if (followed && !n.requires_grad.is(tensor, Py_False)) return false;
+  if (!dtype_of_array(tensor, codes, &view->dtype)) return false;
+  const py::object shape = n.shape.of(tensor), address = n.data_ptr.called(tensor);
+  if (!shape || !PyTuple_Check(shape.ptr()) || !address) return false;
+  for (const py::handle length : py::reinterpret_borrow<py::tuple>(shape))
+    view->shape.push_back(length.cast<int64_t>());
+  view->address = address.cast<uintptr_t>();
+  return true;
+}
+
+// One kind of arrays of which sums are computed without a check in Python.
+class PlainSums {
+ public:
+  PlainSums(py::tuple types, py::dict codes, bool tensors)
+      : types_(std::move(types)), codes_(std::move(codes)), tensors_(tensors) {}
+
+  bool sum(const py::sequence& arrays, const SumRow& sum, const py::object& out, const py::object& threads,
+           bool followed) const {
+    if (std::getenv("FASTINTERP_ISA") != nullptr) return false;  // which Python checks
+    const size_t n = arrays.size();
+    std::vector<View> views(n);
+    for (size_t i = 0; i < n; ++i)
+      if (!view(arrays[i], false, followed, &views[i]) || views[i].shape != views[0].shape) return false;
+    View target;
+    if (n != sum.inputs() || !view(out, true, followed, &target) || target.shape != views[0].shape) return false;
+    int64_t numel = 1;
+    for (const int64_t length : target.shape) numel *= length;
+    if (numel == 0) return false;
+    const auto end = [numel](const View& v) { return v.address + uintptr_t(numel * size_of(v.dtype)); };
+    std::vector<uintptr_t> inputs;
+    std::vector<DType> dtypes;
+    for (const View& v : views) {
+      if (v.address < end(target) && target.address < end(v)) return false;
+      inputs.push_back(v.address);
+      dtypes.push_back(v.dtype);
+    }
+    const Row row = sum.row();
+    CombineArgs args{};
+    args.in = dtypes.data();
+    args.rows = &row;
+    args.n = int(n);
+    args.k = 1;
+    args.out_dtype = target.dtype;
+    args.fp8_saturate = true;
+    args.numel = numel;
+    args.streamed = worth_streaming(numel * size_of(target.dtype));
+    const int count = numel <= kOneThread ? 1 : threads().cast<int>();
+    const py::gil_scoped_release release;
+    combine_in_memory(best_backend(), inputs, {target.address}, args, count);
+    return true;
+  }
+
+ private:
+  static constexpr int64_t kOneThread = 16 * kChunk;  // elements, which one thread takes at a time
+
+  bool view(const py::handle& array, bool writable, bool followed, View* view) const {
+    bool known = false;
+    for (const py::handle type : types_) known |= type.ptr() == reinterpret_cast<PyObject*>(Py_TYPE(array.ptr()));
+    return known &&
+           (tensors_ ? view_of_tensor(array, codes_, followed, view) : view_of_array(array, codes_, writable, view));
+  }
+
+  py::tuple types_;
+  py::dict codes_;
+  bool tensors_;
+};
+
+}  // namespace
+
+void bind_plain_sums(py::module_& m) {
+  py::class_<PlainSums>(m, "PlainSums",
+                        "Weighted sums of arrays whose types are `types`, exactly, numpy's or torch's (`tensors`), and "
+                        "whose dtypes are among `codes`, dtype -> code, on the CPU.")
+      .def(py::init<py::tuple, py::dict, bool>(), py::arg("types"), py::arg("codes"), py::arg("tensors"))
+      .def("sum", &PlainSums::sum, py::arg("arrays"), py::arg("row"), py::arg("out"), py::arg("threads"),
+           py::arg("followed"),
+           "Write a sum into `out`. threads: a function that returns their number. followed: autograd records. False, "
+           "with nothing written: the arrays are of other kinds, do not fit each other, or are empty, or "
+           "FASTINTERP_ISA is set.");
+}
+
+}  // namespace fi
