@@ -110,5 +110,5 @@ def measure(model: Any, bench: Bench) -> dict[str, Any]:
         "distinct_2": len(set(pairs)) / len(pairs) if pairs else 0.0,
         **nlls,
         "nll": sum(nlls.values()) / len(nlls) if nlls else 0.0,
-        "texts": texts[:8],
+        "texts": texts[:4],
     }

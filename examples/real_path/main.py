@@ -229,10 +229,12 @@ def run(folder: Path, design: Design, stages: Sequence[Stage], workers: int) -> 
 
 def walk(folder: Path, design: Design, workers: int) -> None:
     """Every stage, and a note of what it took. Raises: MissingPackageError."""
-    start = time.perf_counter()
-    run(folder, design, (*TRAINING, *MEASURING), workers)
-    spent = (read(folder / "run.json") or {}).get("wall_s", 0) + time.perf_counter() - start
-    write(folder / "run.json", {"design": asdict(design), "wall_s": round(spent), "workers": workers})
+    start, before = time.perf_counter(), (read(folder / "run.json") or {}).get("wall_s", 0)
+    try:
+        run(folder, design, (*TRAINING, *MEASURING), workers)
+    finally:
+        spent = round(before + time.perf_counter() - start)
+        write(folder / "run.json", {"design": asdict(design), "wall_s": spent, "workers": workers})
 
 
 def main() -> None:
