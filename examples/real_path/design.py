@@ -35,13 +35,13 @@ class Design:
     seeds: tuple[int, ...] = (0, 1, 2)
     full: tuple[str, ...] = FULL
     lora: tuple[str, ...] = LORA
-    adapting: Settings = field(default_factory=lambda: Settings(steps=120, rate=1e-4))
+    adapting: Settings = field(default_factory=lambda: Settings(steps=80, rate=1e-4))
     training: Settings = field(default_factory=Settings)
     line: tuple[float, ...] = LINE
     whole: bool = True  # the plane, other methods, roundings and controls; else the line alone
     samples: int = 64
     tokens: int = 24
-    held_out: int = 96
+    held_out: int = 72
 
     @staticmethod
     def quick() -> Design:

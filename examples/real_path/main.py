@@ -242,7 +242,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="main", description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="where packages, models and results come; 1 GB a seed")
+    parser.add_argument("folder", type=Path, help="where packages, models and results come; 1.5 GB a seed")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2; --quick: 0")
     parser.add_argument("--quick", action="store_true", help="25 steps, three alphas")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="default: one for each processor")

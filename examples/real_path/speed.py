@@ -67,15 +67,12 @@ def outputs(neg: Path, pos: Path, work: Path) -> dict[str, Any]:
     made = fastinterp.sweep(neg, pos, LINE, work / "sweep")
     once = time.perf_counter() - start
     read = made[0].report.bytes_read if made[0].report is not None else 0
-    start = time.perf_counter()
-    for alpha in LINE:
-        fastinterp.merge(on_line(neg, pos, alpha, dtype="bfloat16"), work / f"alpha_{alpha}")
-    one_by_one = time.perf_counter() - start
-    same = all(
-        same_bits(weights(point.path), weights(work / f"alpha_{alpha}"))
-        for alpha, point in zip(LINE, made, strict=True)
-        if point.path is not None
-    )
+    one_by_one, same = 0.0, True
+    for alpha, point in zip(LINE, made, strict=True):
+        start = time.perf_counter()
+        fastinterp.merge(on_line(neg, pos, alpha, dtype="bfloat16"), work / "one", force=True)
+        one_by_one += time.perf_counter() - start
+        same = same and point.path is not None and same_bits(weights(point.path), weights(work / "one"))
     found: dict[str, Any] = {"one_read_s": once, "merges_s": one_by_one, "bytes_read": read, "same_bits": same}
     found["programs"] = programs(neg, pos, work)
     shutil.rmtree(work)
