@@ -48,7 +48,7 @@ def _looks(tree: ast.AST) -> Iterator[tuple[int, str]]:
         if (
             (of == "os.path" and name in OF_OS_PATH)
             or (of, name) in OTHERS
-            or (name in OF_PATHS and of not in ("os.path", "remote", "glob"))
+            or (name in OF_PATHS and of not in ("os.path", "remote", "glob", "self._fs"))
         ):
             yield node.lineno, f"{of}.{name}"
 
