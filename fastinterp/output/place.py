@@ -33,7 +33,7 @@ class Place:
         self.name = os.fspath(path)
         if not self.name:
             raise OutputError("the name of the output folder is empty. Give the name of a new folder")
-        if (meant := mistyped(self.name)) and not os.path.exists(self.name.partition("/")[0]):
+        if (meant := mistyped(self.name)) and not exists(self.name.partition("/")[0]):
             raise OutputError(f"{quote(self.name)} is no address, and hardly the name of a folder.{meant}")
         folder, self.file = place_of(path)
         try:
