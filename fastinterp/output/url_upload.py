@@ -208,7 +208,7 @@ class Destination:
                 self._fs.makedirs(folder, exist_ok=True)
             self._fs.put_file(str(path), at)
             if at != to:
-                if self._fs.exists(to):
+                if self._is_there(to):
                     self._fs.rm_file(to)
                 self._fs.mv(at, to)
             self._fs.invalidate_cache()
@@ -216,11 +216,19 @@ class Destination:
             if there is not None and there != path.stat().st_size:
                 raise OSError(f"{there} of {path.stat().st_size} bytes arrived")
 
-        if not self._force and self._fs.exists(to):
+        if not self._force and self._asked(lambda: self._is_there(to)):
             raise OutputError(
                 f"{self.url}: {name or base} is there already. Add --force to replace it, or give another name"
             )
         self._asked(ask, f"uploading {path.name} failed: ")
+
+    def _is_there(self, path: str) -> bool:
+        """Whether the store has something there. Raises: what it raises, if it does not say."""
+        try:
+            self._fs.info(path)
+        except FileNotFoundError:
+            return False
+        return True
 
     def named(self, result: Any) -> Any:
         """What a function returned about the output here, with its address."""
