@@ -2,7 +2,7 @@
 # tests in one process.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo docs about-test test oracle peer-suite check compare lint format werror neon cuda-check wheelhouse gpu-test gpu-bench bench race tool-race torture faults fuzz sanitize sanitize-quick wheel sbom hashes paper paper-quick clean distclean
+.PHONY: help demo docs about-test test oracle peer-suite check compare lint format werror neon cuda-check wheelhouse gpu-test gpu-bench bench race tool-race torture faults fuzz sanitize sanitize-quick wheel sbom hashes paper paper-quick paper-real paper-real-quick demo-live clean distclean
 
 PYTHON ?= python3
 SIZE ?= 1b
@@ -132,7 +132,7 @@ demo: $(DEMO_VENV)/.installed ## build, install without torch, merge small model
 	@echo '  $$ fastinterp interpolate chat code out/path --alpha 0:1:0.25'
 
 # Not --quiet, which would hide warnings from --strict. The theme prints an advertisement unless it is told not to.
-docs: $(VENV)/.built ## the documentation as a site, into build/site: open build/site/index.html; warnings and dead links are errors
+docs: $(VENV)/.built ## the documentation as a site, into build/site: python3 -m http.server -d build/site shows it; warnings and dead links are errors
 	@$(PY) -c "import material" 2> /dev/null || { echo "fastinterp: the tools for the site need Python 3.11.5 or newer" >&2; exit 1; }
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
@@ -263,6 +263,18 @@ paper-quick: $(VENV)/.built ## the same in a minute or two: one seed, fewer step
 	@$(PY) -m examples.paper_path.train build/paper-quick --quick --seeds 0
 	@$(PY) -m examples.paper_path.sweep build/paper-quick --quick --seeds 0
 	@$(PY) -m examples.paper_path.report build/paper-quick --quick
+
+paper-real: $(VENV)/.bench $(ORACLE_VENV)/.installed ## the claim on a pretrained model of 135 M parameters, from PyPI: three seeds; renews docs/real-model
+	@$(PY) -m examples.real_path.main build/real_path
+	@$(PY) -m examples.real_path.speed build/real_path
+	@$(PY) -m examples.real_path.report build/real_path -o docs/real-model --page docs/real-model.md
+
+paper-real-quick: $(VENV)/.built ## the same in two minutes: 25 steps each, three alphas
+	@$(PY) -m examples.real_path.main build/real_path-quick --quick
+	@$(PY) -m examples.real_path.report build/real_path-quick --quick
+
+demo-live: $(VENV)/.built ## `fastinterp explore` on these models: reviews from pan to praise; trains for three minutes if there are none
+	@$(PY) -m examples.real_path.demo build/real_path build/demo-live
 
 clean: ## remove what the build made
 	rm -rf build dist fastinterp.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

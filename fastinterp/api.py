@@ -14,6 +14,7 @@ from fastinterp.errors import UsageError
 from fastinterp.messages import shown
 from fastinterp.methods import Method, given
 from fastinterp.ops.combine import MAX_OUTPUTS, MAX_POINTS
+from fastinterp.output.address import uploads
 from fastinterp.paths.average import average_of
 from fastinterp.paths.points import further_keys, point_name, point_path, point_recipe
 from fastinterp.plan.plan import documents, make_plan, plan_documents
@@ -88,6 +89,7 @@ def merge(
         )  # fmt: skip
 
 
+@uploads
 def merge_documents(
     recipes: Sequence[Recipe],
     out: str | os.PathLike[str],
@@ -138,6 +140,7 @@ def _folder_name(document: str | None) -> str:
 
 
 @without_recipe
+@uploads
 def interpolate(
     a: Checkpoint,
     b: Checkpoint,

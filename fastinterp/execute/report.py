@@ -14,7 +14,7 @@ from fastinterp.messages import counted, plain, seconds, size
 
 if TYPE_CHECKING:
     from fastinterp.execute.jobs.densities import Density
-    from fastinterp.execute.jobs.job import Coefficients, Job
+    from fastinterp.execute.jobs.job import Coefficients, Job, Stats
     from fastinterp.execute.rounds import DeviceUsage
     from fastinterp.execute.run import Done
     from fastinterp.output.folder import OutFolder
@@ -67,27 +67,17 @@ class RoundingEffect:
         return math.sqrt(self.sum_dd / self.sum_pp) if self.finite and self.sum_pp > 0 else None
 
     @staticmethod
-    def of(numel: int, stats: Mapping[str, float]) -> RoundingEffect:
-        """From the statistics of one tensor, as the kernels return them."""
+    def of(numel: int, s: Stats) -> RoundingEffect:
+        """From the statistics of one tensor."""
         return RoundingEffect(
-            numel,
-            int(stats["sampled"]),
-            int(stats["changed"]),
-            stats["sum_pp"],
-            stats["sum_dd"],
-            stats["sum_od"],
-            int(stats["nan_in"]),
-            int(stats["inf_in"]),
-            int(stats["nan_out"]),
-            int(stats["inf_out"]),
+            numel, s.sampled, s.changed, s.sum_pp, s.sum_dd, s.sum_od, s.nan_in, s.inf_in, s.nan_out, s.inf_out
         )
 
     @staticmethod
     def total(effects: Iterable[RoundingEffect]) -> RoundingEffect:
         """The effects on several tensors, added up: of one with NaN or Inf in its samples, the counts of them alone."""
         every = [e if e.finite else replace(e, sampled=0, changed=0, sum_pp=0, sum_dd=0, sum_od=0) for e in effects]
-        columns = zip(*map(attrgetter(*RoundingEffect.__slots__), every), strict=True)
-        return RoundingEffect(*map(sum, columns)) if every else RoundingEffect(*[0] * len(RoundingEffect.__slots__))
+        return RoundingEffect(*(sum(map(attrgetter(name), every)) for name in RoundingEffect.__slots__))
 
     @property
     def finite(self) -> bool:
@@ -341,22 +331,21 @@ def warnings_of(
     return tuple(warnings)
 
 
-def report_of(plan: Plan, done: Done, wall_s: float, k: int, folder: OutFolder | None = None) -> Report:
-    """The report of output k. folder: where it was written, or None if it is in memory."""
-    return report_on(plan, done, wall_s, k, record_of(plan, done.jobs, k), folder)
-
-
-def coefficients_of(plan: Plan, jobs: Mapping[str, Job], k: int) -> dict[str, Coefficients]:
-    """The sums of output k that came from the data, by tensor."""
-    found = ((t.name, jobs[t.name].coefficients(k)) for t in plan.tensors if t.name in jobs)
-    return {name: sums for name, sums in found if sums is not None}
+def records_of(plan: Plan, jobs: Mapping[str, Job]) -> list[OutputRecord]:
+    """What the jobs recorded about each output."""
+    return [record_of(plan, jobs, k) for k in range(len(plan.recipes))]
 
 
 def record_of(plan: Plan, jobs: Mapping[str, Job], k: int) -> OutputRecord:
     """What the jobs recorded about output k."""
-    record = OutputRecord(coefficients=coefficients_of(plan, jobs, k))
-    for tensor in (t for t in plan.tensors if t.name in jobs):
-        job = jobs[tensor.name]
+    record = OutputRecord()
+    for tensor in plan.tensors:
+        job = jobs.get(tensor.name)
+        if job is None:
+            continue
+        sums = job.coefficients(k)
+        if sums is not None:
+            record.coefficients[tensor.name] = sums
         if tensor.merged:
             record.models |= tensor.origins(job.reads(k))
         for i, density in job.densities(k).items():

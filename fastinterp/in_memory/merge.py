@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from fastinterp.backends.cpu import Handle, PumpOptions, SumRow
+from fastinterp.backends.cpu import Handle, PumpOptions, SourceHandle, SumRow
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.backends.torch_device import capturing, current_queue, device_of, is_followed
 from fastinterp.errors import CheckpointError, MethodError, ShapeError, StorageError, UsageError
@@ -276,7 +276,7 @@ class _Merge:
         count = len(inputs.models)
         kept = {n: promoted(view.dtype for view in views[:count]) for n, views in merged.items()}
         out = {n: library.copy(copied[n]) if n in copied else self._empty(n, kept[n]) for n in first}
-        sources: list[Handle] = [*self.files.fds] if self.files else []
+        sources: list[SourceHandle] = [*self.files.handles] if self.files else []
         sinks: list[Handle] = []
         jobs = []
         for name, views in merged.items():
@@ -302,7 +302,7 @@ class _Merge:
         names = [name for name in self.inputs.first if name not in copied]
         return merged(self.method.name, self.inputs.models, names, run)
 
-    def _executor(self, sources: list[Handle], sinks: list[Handle], stats_every: int) -> Executor:
+    def _executor(self, sources: list[SourceHandle], sinks: list[Handle], stats_every: int) -> Executor:
         if self.device is not None:
             return ResidentExecutor(
                 device_of(self.device), current_queue(self.device), sources, sinks,
@@ -317,7 +317,7 @@ class _Merge:
         views: Sequence[View],
         out: ArrayView,
         numel: int,
-        sources: list[Handle],
+        sources: list[SourceHandle],
         sinks: list[Handle],
     ) -> AdaptiveJob:
         kind = "memory" if self.device is None else "device"

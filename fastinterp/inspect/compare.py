@@ -221,7 +221,7 @@ def _measured(
             isa=cpu_isa(), threads=cpu_threads(threads), read_bytes=128 << 10, prefetch=not sources.cached()
         )
         total = sum(x.nbytes for entries in places for x in entries)
-        answers = survey(sources.fds, steps, options, sources.explained, total, progress)
+        answers = survey(sources.handles, steps, options, sources.explained, total, progress)
         sources.refuse_changed()
     return answers
 

@@ -44,6 +44,7 @@ from fastinterp.lora.tensors import COPY, TensorReader
 from fastinterp.messages import counted
 from fastinterp.ops.combine import Row, philox_key
 from fastinterp.ops.dtypes import DTYPE_NAMES, DType, parse_dtype
+from fastinterp.output.address import uploads
 from fastinterp.output.earlier import key_of
 from fastinterp.output.folder import OutFolder
 from fastinterp.plan.inputs import TensorInput
@@ -61,6 +62,7 @@ _LARGE = 1 << 20  # bytes of a tensor that is worth a warning if it is stored wh
 _DELTA = Row(0, 0.0, ((1, 1.0),))  # x1 - x0, rounded once to float32
 
 
+@uploads
 def extract_lora(
     finetune: Checkpoint,
     base: Checkpoint,

@@ -15,6 +15,7 @@ from fastinterp.errors import OutputError, UsageError
 from fastinterp.execute.run import fitting_outputs
 from fastinterp.execute.to_files import write_outputs
 from fastinterp.ops.combine import MAX_OUTPUTS
+from fastinterp.output.address import uploads
 from fastinterp.paths.points import Point, further_keys, grid, line, point_path
 from fastinterp.plan.plan import Plan, make_plan
 from fastinterp.presence import exists, is_there
@@ -35,6 +36,7 @@ _MEMORY = "512MB"
 
 
 @without_recipe
+@uploads
 def sweep(
     a: Checkpoint | None = None,
     b: Checkpoint | None = None,

@@ -30,6 +30,7 @@ from fastinterp.torch_models.module_tensors import (
     weights_of,
     with_versions,
 )
+from fastinterp.urls import is_url
 
 Places = dict[str, tuple[int, int]]  # tensor name -> address, bytes
 
@@ -162,6 +163,8 @@ def _recipe(source: Source | Point) -> str | Mapping[str, Any] | Sequence[Mappin
     if isinstance(source, (Mapping, list, tuple)) or (isinstance(source, str) and "\n" in source):
         return source
     path = path_of(source, "recipe")
+    if is_url(path) and not path.endswith((".yml", ".yaml")):
+        return {"merge_method": "passthrough", "models": [{"model": path}]}
     if is_folder(os.path.expanduser(path)) or path.endswith((WEIGHTS, INDEX, *PICKLES)):
         return {"merge_method": "passthrough", "models": [{"model": path}]}
     return path

@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from fastinterp.checkpoint import remote
 from fastinterp.checkpoint.regular_file import close, read_at
 from fastinterp.execute.sources import storage
 from fastinterp.execute.to_memory import filling
@@ -107,6 +108,12 @@ class _Files:
 
     def pieces(self, path: Path, start: int, nbytes: int) -> Iterator[tuple[int, bytes]]:
         """(offset from `start`, bytes), in order. What is missing at the end of the file is left out."""
+        if (elsewhere := remote.find(path)) is not None:
+            for at in range(0, nbytes, _COMPARED):
+                data = bytearray(max(0, min(_COMPARED, nbytes - at, elsewhere.size - start - at)))
+                elsewhere.read_into(memoryview(data), start + at)
+                yield at, bytes(data)
+            return
         with storage(path):
             if path not in self._fds:
                 self._fds[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from fastinterp.backends.cpu import Handle, SinkHandle, memory_address
+from fastinterp.backends.cpu import SinkHandle, SourceHandle, memory_address
 from fastinterp.backends.device import Piece
 from fastinterp.errors import BackendError
 from fastinterp.execute.jobs.job import Result
@@ -42,7 +42,7 @@ class ResidentExecutor:
         self,
         device: Device,
         queue: Queue,
-        sources: Sequence[Handle],
+        sources: Sequence[SourceHandle],
         sinks: Sequence[SinkHandle],
         *,
         stats_every: int = 0,
