@@ -41,6 +41,19 @@ const Driver& driver() {
   return functions;
 }
 
+// While it lives, this thread may allocate, and ask for events, though a thread of the process captures a CUDA graph:
+// else such a call fails, and what is captured with it. None of these calls touches the stream that is captured.
+class BesideCaptures {
+ public:
+  BesideCaptures() { (void)cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~BesideCaptures() { (void)cudaThreadExchangeStreamCaptureMode(&mode_); }
+  BesideCaptures(const BesideCaptures&) = delete;
+  BesideCaptures& operator=(const BesideCaptures&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
 }  // namespace
 
 void check(cudaError_t error, const char* call, int device, int64_t bytes) {
@@ -105,6 +118,7 @@ OnDevice::~OnDevice() { (void)driver().set(before_); }
 
 Buffer::Buffer(int device, int64_t bytes, bool host) : device_(device), bytes_(bytes), host_(host) {
   const OnDevice on(device);
+  const BesideCaptures beside;
   const size_t size = bytes > 0 ? size_t(bytes) : 1;  // so that every buffer has an address
   if (host)
     check(cudaHostAlloc(&at_, size, cudaHostAllocPortable), "cudaHostAlloc", device, bytes);
@@ -125,6 +139,7 @@ void Buffer::free() {
   at_ = nullptr;
   if (!at) return;
   const OnDevice on(device_);
+  const BesideCaptures beside;
   if (host_)
     check(cudaFreeHost(at), "cudaFreeHost", device_, bytes_);
   else
@@ -150,6 +165,7 @@ Event::~Event() {
 
 bool Event::done() const {
   const OnDevice on(device_);
+  const BesideCaptures beside;
   const cudaError_t error = cudaEventQuery(event_);
   if (error == cudaErrorNotReady) {
     (void)cudaGetLastError();  // no error, but CUDA notes it as one, and the check of a launch would find it
@@ -161,6 +177,7 @@ bool Event::done() const {
 
 void Event::wait() const {
   const OnDevice on(device_);
+  const BesideCaptures beside;
   check(cudaEventSynchronize(event_), "cudaEventSynchronize", device_);
 }
 

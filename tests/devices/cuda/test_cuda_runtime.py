@@ -236,6 +236,21 @@ def test_there_may_be_no_device_no_driver_or_no_extension(fake, monkeypatch):
         cuda.device_count()
 
 
+def test_work_goes_on_while_a_graph_is_captured(fake):
+    """In a stream of another thread: memory and events are not part of that, and CUDA would refuse them."""
+    device = cuda.device(0)
+    queue, captured = device.queue(), device.queue()
+    fake.capture(captured.handle, True)
+    held, host = device.memory(64), device.host(64)
+    queue.upload(held.address, host.address, 64)
+    event = queue.record()
+    event.wait()
+    assert event.done()
+    held.free()
+    host.free()
+    fake.capture(captured.handle, False)
+
+
 def test_a_device_that_kernels_cannot_run_on_is_refused(fake):
     """No code for its architecture; no pools of memory; no memory for a context."""
     fake.fail("cudaFuncGetAttributes", Fake.NO_KERNEL_IMAGE)

@@ -28,6 +28,7 @@ using Lock = std::unique_lock<std::mutex>;
 thread_local int current_device = 0;
 thread_local int current_context = -1;  // the device that it is of; -1: none
 thread_local cudaError_t last_error = cudaSuccess;
+thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 
 // Counts a call, and says whether it is to fail.
 cudaError_t called(const char* name) {
@@ -115,6 +116,12 @@ cudaError_t put(cudaStream_t given, std::function<cudaError_t()> run, FakeEvent 
   return await(end);
 }
 
+bool any_captures() {
+  Fake& f = fake();
+  const Lock lock(f.mutex);
+  return std::any_of(f.streams.begin(), f.streams.end(), [](const FakeStream* s) { return s->capturing; });
+}
+
 // Whether all of a range is memory of a device.
 bool is_device(const void* at, size_t bytes) {
   Fake& f = fake();
@@ -191,6 +198,12 @@ void launch(uint32_t blocks, uint32_t threads, cudaStream_t stream, std::functio
   if (const cudaError_t error = called(name); error != cudaSuccess) { \
     last_error = error;                                               \
     return error;                                                     \
+  }
+// Of calls that no thread may make while one captures, unless its own mode is relaxed.
+#define FI_UNSAFE(name)                                                 \
+  if (capture_mode != cudaStreamCaptureModeRelaxed && any_captures()) { \
+    called(name);                                                       \
+    return last_error = cudaErrorStreamCaptureUnsupported;              \
   }
 #define FI_IN_CONTEXT(name) \
   FI_CALLED(name)           \
@@ -313,12 +326,14 @@ cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
   return cudaSuccess;
 }
 cudaError_t cudaMalloc(void** to, size_t bytes) {
+  FI_UNSAFE("cudaMalloc")
   FI_IN_CONTEXT("cudaMalloc");
   const cudaError_t error = allocate(to, bytes);
   if (error != cudaSuccess) last_error = error;
   return error;
 }
 cudaError_t cudaFree(void* memory) {
+  FI_UNSAFE("cudaFree")
   FI_IN_CONTEXT("cudaFree");
   drain();
   return memory ? release(memory) : cudaSuccess;
@@ -352,6 +367,7 @@ cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t pool, cudaMemPoolAttr, void* v
   return cudaSuccess;
 }
 cudaError_t cudaHostAlloc(void** to, size_t bytes, unsigned) {
+  FI_UNSAFE("cudaHostAlloc")
   FI_IN_CONTEXT("cudaHostAlloc");
   *to = std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096 + 4096);
   if (!*to) return last_error = cudaErrorMemoryAllocation;
@@ -361,6 +377,7 @@ cudaError_t cudaHostAlloc(void** to, size_t bytes, unsigned) {
   return cudaSuccess;
 }
 cudaError_t cudaFreeHost(void* memory) {
+  FI_UNSAFE("cudaFreeHost")
   FI_IN_CONTEXT("cudaFreeHost");
   drain();
   const Lock lock(fake().mutex);
@@ -418,6 +435,10 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* 
   *status = stream_of(stream)->capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  std::swap(*mode, capture_mode);
+  return cudaSuccess;
+}
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
   FI_IN_CONTEXT("cudaEventCreateWithFlags");
   *event = new FakeEvent;
@@ -436,6 +457,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   return cudaSuccess;
 }
 cudaError_t cudaEventQuery(cudaEvent_t event) {
+  FI_UNSAFE("cudaEventQuery")
   FI_IN_CONTEXT("cudaEventQuery");
   Lock lock(fake().mutex);
   if (fake().sticky != cudaSuccess) return fake().sticky;
@@ -444,6 +466,7 @@ cudaError_t cudaEventQuery(cudaEvent_t event) {
   return last_error = cudaErrorNotReady;
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  FI_UNSAFE("cudaEventSynchronize")
   FI_IN_CONTEXT("cudaEventSynchronize");
   return await(*event);
 }
