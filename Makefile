@@ -2,7 +2,7 @@
 # tests in one process.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo docs about-test test oracle peer-suite check compare lint format werror neon cuda-check gpu-test gpu-bench bench race tool-race torture faults fuzz sanitize sanitize-quick wheel sbom hashes paper paper-quick paper-real paper-real-quick demo-live clean distclean
+.PHONY: help demo docs about-test test oracle peer-suite check compare lint format werror neon cuda-check wheelhouse gpu-test gpu-bench bench race tool-race torture faults fuzz sanitize sanitize-quick wheel sbom hashes paper paper-quick paper-real paper-real-quick demo-live clean distclean
 
 PYTHON ?= python3
 SIZE ?= 1b
@@ -11,7 +11,9 @@ VENV := .venv
 DEMO_VENV := .venv-demo
 ORACLE_VENV := .venv-oracle
 PY := $(VENV)/bin/python
-SANITIZED_QUICKLY := tests/numerics/test_pump.py tests/numerics/test_steps.py tests/numerics/test_decoders.py tests/execute/test_merge.py
+SANITIZED := tests/numerics tests/execute tests/output/test_checksum.py tests/verification
+SANITIZED_QUICKLY := tests/numerics/test_pump.py tests/numerics/test_steps.py tests/numerics/test_decoders.py tests/execute/test_merge.py \
+  tests/output/test_checksum.py tests/verification/test_torn.py
 SHARED := -n $(WORKERS) --dist worksteal
 
 # nvcc takes most of the time where it is used; FASTINTERP_CUDA=0 is for the build and for the tests.
@@ -130,7 +132,7 @@ demo: $(DEMO_VENV)/.installed ## build, install without torch, merge small model
 	@echo '  $$ fastinterp interpolate chat code out/path --alpha 0:1:0.25'
 
 # Not --quiet, which would hide warnings from --strict. The theme prints an advertisement unless it is told not to.
-docs: $(VENV)/.built ## the documentation as a site, into build/site: open build/site/index.html; warnings and dead links are errors
+docs: $(VENV)/.built ## the documentation as a site, into build/site: python3 -m http.server -d build/site shows it; warnings and dead links are errors
 	@$(PY) -c "import material" 2> /dev/null || { echo "fastinterp: the tools for the site need Python 3.11.5 or newer" >&2; exit 1; }
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
@@ -179,7 +181,16 @@ neon: ## cross-compile the kernels for aarch64 and test them under qemu-user
 	@tests/numerics/neon/run.sh
 
 cuda-check: $(VENV)/.built ## compile the CUDA kernels for every architecture, and look at what became of them
-	@FASTINTERP_REQUIRE=nvcc $(PY) -m pytest tests/devices/cuda/test_cuda_compile.py
+	@FASTINTERP_REQUIRE=nvcc FASTINTERP_CUDA_ARCHITECTURES=75,80,90,100,120 $(PY) -m pytest tests/devices/cuda/test_cuda_compile.py
+
+# The machine that has the GPU may have no network, and another Python.
+WHEELS_PYTHON ?= 3.12
+WHEELS := msgspec safetensors hypothesis sortedcontainers ml_dtypes setuptools
+wheelhouse: $(VENV)/.installed ## wheels for benchmarks/gpu.sh on a machine without a network, into build/wheelhouse; WHEELS_PYTHON=3.12
+	@rm -rf build/wheelhouse
+	@$(PY) -m pip download --quiet --no-deps --only-binary=:all: --python-version $(WHEELS_PYTHON) --platform manylinux2014_x86_64 \
+	  --platform manylinux_2_28_x86_64 --platform any --dest build/wheelhouse --constraint constraints.txt $(WHEELS)
+	@ls build/wheelhouse
 
 gpu-test: $(VENV)/.built ## on a machine with a GPU: the same bytes everywhere, no bad access, no race
 	@ONLY=tests PYTHON="$(CURDIR)/$(PY)" benchmarks/gpu.sh
@@ -221,11 +232,11 @@ fuzz: $(VENV)/.fuzz ## damaged files of every kind that is read, guided by cover
 	@test -z "$$(ls build/fuzz/*/crashes)" || { tail -n 5 build/fuzz/*/crashes/*.txt; exit 1; }
 
 sanitize: $(VENV)/.built ## the native tests and those of whole merges under ASan, UBSan and TSan: an hour
-	@tests/attacks/sanitize.sh address tests/numerics tests/execute
-	@tests/attacks/sanitize.sh thread tests/numerics tests/execute
+	@tests/attacks/sanitize.sh address $(SANITIZED)
+	@tests/attacks/sanitize.sh thread $(SANITIZED)
 
-sanitize-quick: $(VENV)/.built ## some of them under ASan and UBSan: two minutes
-	@tests/attacks/sanitize.sh address --quiet -m "not slow" $(SANITIZED_QUICKLY)
+sanitize-quick: $(VENV)/.built ## some of them under ASan and UBSan, without AVX2 and AVX-512: two or three minutes of a processor
+	@BASELINE=1 tests/attacks/sanitize.sh address --quiet -m "not slow" $(SHARED) $(SANITIZED_QUICKLY)
 
 # ---- releases -------------------------------------------------------------------------------------------------------
 

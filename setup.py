@@ -30,7 +30,8 @@ class CMakeBuild(build_ext):
     """Lets CMake make the extension modules, where setuptools wants them: a wheel's folder or the source tree.
 
     They come of one build. fastinterp._cuda is made where there is a CUDA compiler; the environment's FASTINTERP_CUDA
-    says otherwise by 0, and by 1 that it is an error if there is none.
+    says otherwise by 0, and by 1 that it is an error if there is none. FASTINTERP_CUDA_ARCHITECTURES=80,90 builds it
+    for these compute capabilities alone.
     """
 
     def build_extension(self, ext: Extension) -> None:
@@ -45,6 +46,7 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
             f"-DFASTINTERP_CUDA={os.environ.get('FASTINTERP_CUDA', 'auto')}",
+            f"-DFASTINTERP_CUDA_ARCHITECTURES={os.environ.get('FASTINTERP_CUDA_ARCHITECTURES', '')}",
         ]
         # Compiler, flags and paths are looked up anew each time: they change, and those of an isolated build are gone
         # after it. Not by --fresh, which would drop the compiled objects too.

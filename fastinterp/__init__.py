@@ -1,32 +1,62 @@
 """Merges model checkpoints as fast as the files can be copied, exactly.
 
+help(fastinterp.merge) and so on explain each of these names:
+
     merge(recipe, out, ...)           carry out a recipe
     interpolate(a, b, ...)            interpolate between two checkpoints, or extrapolate
     average(checkpoints, out, ...)    average the checkpoints of a training run
-    extract_lora(finetune, base, out) a fine-tune as a LoRA adapter of its base
-    merge_adapters(recipe, out)       LoRA adapters merged with each other; explain_adapters
     sweep(a, b, alphas, ...)          merge at many points of a path: to disk, in memory, or as recipes
-    load(recipe)                      a merged model as tensors, without writing files; load_iter, load_into
-    Live(module, ...)                 move a torch module along a path while it is in use
+    extract_lora(finetune, base, out) a fine-tune as a LoRA adapter of its base
+    merge_adapters(recipe, out)       LoRA adapters merged with each other
+
     check(recipe)                     all errors of a recipe and its models, and warnings
-    explain(recipe)                   describe what a merge would read, compute and write
+    explain(recipe)                   what a merge would read, compute and write; explain_adapters(recipe)
     compare(a, b)                     measure how two checkpoints differ
+    verify(output)                    whether an output has the bytes that its receipt says
+    replay(output, out)               make an output again from its receipt
+
+    load(recipe)                      a merged model as tensors, without writing files; load_iter(recipe)
+    load_into(module, recipe)         the same into the weights of a torch module
+    Live(module, ...)                 move a torch module along a path while it is in use
+    path(a, b).evaluate(fn, alphas)   metrics along a path between models
     merge_tensors(tensors, method)    any method on tensors in memory
     merge_state_dicts(dicts, method)  the same, on whole models in memory
-    verify(output)                    whether an output has the bytes that its receipt says; replay(output, out)
     weighted_sum(arrays, weights)     the same arithmetic on arrays in memory
-    path(a, b).evaluate(fn, alphas)   metrics along a path between models
-    Report                            what merge, interpolate and average return: bytes, time, the effect of rounding
-    Point                             what sweep returns for each point: its place, recipe, path, report
-    PathReport                        what path(...).evaluate returns: metrics at each point; tables, files, figures
-    Verification, Replay              what verify and replay return
-    integrations.torch_ops            weighted sums for autograd, torch.compile and CUDA graphs; running averages
-    integrations.transformers, .peft, .sd_mecha    for users of these: docs/INTEGRATIONS.md
 
-All errors are FastinterpErrors, with the exit_code that the command line ends with: UsageError for arguments, its kinds
-RecipeError and MethodError for recipes and methods, and BackendError for devices: 2; CheckpointError, and its kind
-ShapeError where models do not fit: 3; StorageError where the system cannot read or write, its kind OutputError for
-outputs: 4. `progress=True` shows a line on stderr while a function works.
+    integrations.torch_ops            weighted sums for autograd, torch.compile and CUDA graphs; running averages
+    integrations.transformers, .peft, .sd_mecha, .mergekit    for users of these: docs/INTEGRATIONS.md
+
+Results; print() shows each, and `as_dict()` gives plain values:
+
+    Report                            of merge, interpolate and average: bytes, time, the effect of rounding
+    RoundingEffect                    how much of the change rounding to the output's dtype has kept
+    Point                             of sweep, one each: its place, recipe, files, report
+    Path, PathReport, PathPoint       of path; of its evaluate: metrics at each point, tables, files, figures
+    CheckResult, Explanation          of check and explain
+    Comparison                        of compare
+    Verification, Replay              of verify and replay
+    AdapterReport, AdapterExplanation of extract_lora and merge_adapters; of explain_adapters
+
+Types of arguments, which have a text of their own:
+
+    Source                            a recipe: a path, YAML text, a mapping, or a list of mappings
+    Checkpoint                        where a model is: a folder, a file, a name on the Hub, with an adapter or without
+    Model                             of path and Live: a checkpoint, or a state dict
+    ModelPlaces                       of verify and replay: where models are now
+    Alpha, Alphas                     a point of a path, and several
+    Method                            a merge method, in place of its name: one of your own, say
+    Progress                          a function that is told how much is done; True in its place shows a line
+    PointCallback                     a function that sweep calls for each point in memory
+
+`Array` in signatures is a numpy array, a torch tensor or another library's array with DLPack; results have the type of
+the inputs.
+
+Errors; each is a FastinterpError, with the exit_code that the command line ends with:
+
+    UsageError                        arguments: 2. Its kinds are RecipeError, and of that MethodError; and BackendError
+    CheckpointError                   models: 3. Its kind ShapeError, where models do not fit together
+    StorageError                      the system cannot read or write: 4. Its kind OutputError
+
 __version__ is the version.
 
 Public names are imported on first use, so that the command line, which needs few of them, starts fast.

@@ -14,6 +14,7 @@ from fastinterp.errors import UsageError
 from fastinterp.messages import shown
 from fastinterp.methods import Method, given
 from fastinterp.ops.combine import MAX_OUTPUTS, MAX_POINTS
+from fastinterp.output.address import uploads
 from fastinterp.paths.average import average_of
 from fastinterp.paths.points import further_keys, point_name, point_path, point_recipe
 from fastinterp.plan.plan import documents, make_plan, plan_documents
@@ -74,8 +75,8 @@ def merge(
     methods         merge methods of your own, which the recipe may name: functions below `fastinterp.methods.method`
     keep_intermediates  a folder: the other documents are written, too, each into a folder of its name there
 
-    The output appears when it is complete, or not at all. Of a run that was killed, the same call goes on with what is
-    finished: see docs/RECIPES.md.
+    The output appears when it is complete, or not at all. After a run that was killed, the same call goes on with
+    what is finished: docs/RECIPES.md, "Runs that are stopped".
     Raises: RecipeError, CheckpointError, ShapeError, OutputError, StorageError, BackendError, UsageError.
     """
     with given(methods):
@@ -88,6 +89,7 @@ def merge(
         )  # fmt: skip
 
 
+@uploads
 def merge_documents(
     recipes: Sequence[Recipe],
     out: str | os.PathLike[str],
@@ -138,6 +140,7 @@ def _folder_name(document: str | None) -> str:
 
 
 @without_recipe
+@uploads
 def interpolate(
     a: Checkpoint,
     b: Checkpoint,
@@ -166,13 +169,13 @@ def interpolate(
 ) -> list[Report]:
     """Interpolate between checkpoints `a` (alpha 0) and `b` (alpha 1), or extrapolate: out = a + alpha * (b - a).
 
-    alphas   finite numbers, at most 4096. One: `out` is the output. Several: `out/alpha_0.3` and so on (of the file
-             `x.safetensors`: `x_alpha_0.3.safetensors`), 256 from each read of the inputs. Numbers within rounding of 0
-             and 1 become those
-    base     the task-vector form: out = base + (1 - alpha) * (a - base) + alpha * (b - base)
-    integers the checkpoint whose integer tensors are copied; None: they must be equal
+    alphas    finite numbers, at most 4096. One: `out` is the output. Several: `out/alpha_0.3` and so on (of the file
+              `x.safetensors`: `x_alpha_0.3.safetensors`), 256 from each read of the inputs. Numbers within rounding of
+              0 and 1 become those
+    base      the task-vector form: out = base + (1 - alpha) * (a - base) + alpha * (b - base)
+    integers  the checkpoint whose integer tensors are copied; None: they must be equal
     tokenizer_source  "union", "base" (`base`, else `a`) or a checkpoint: the vocabulary of the outputs
-    missing, channels, quantize as the keys of recipes
+    missing, channels, quantize   as the keys of recipes
 
     Alpha 0 and 1 give the bytes of `a` and `b`. The other arguments and errors are those of `merge`.
     """
@@ -274,7 +277,7 @@ def explain(
     quantize: str | None = None,
     methods: Sequence[Method] = (),
 ) -> Explanation:
-    """What `merge` would read, compute and write, from headers. print() shows it, `as_dict` gives plain values.
+    """What `merge` would read, compute and write, from headers. print() shows it, `as_dict()` gives plain values.
 
     Arguments and errors are those of `merge`.
     """
@@ -300,7 +303,7 @@ def merge_adapters(
     """Merge LoRA adapters of one base with each other into an adapter, by a recipe with `out: lora`.
 
     out  a folder, for adapters of peft; a folder or a .safetensors file, for those of kohya and diffusers
-    The other arguments are those of `merge`. How methods become products of low rank: see fastinterp/lora/merge.py.
+    The other arguments are those of `merge`. docs/RECIPES.md has what becomes of ranks, scales and methods.
     Raises: as `merge`; UsageError, if the recipe has no `out: lora`.
     """
     with given(methods):
@@ -325,7 +328,10 @@ def merge_adapter_document(
 
 
 def explain_adapters(recipe: Source, *, methods: Sequence[Method] = ()) -> AdapterExplanation:
-    """What `merge_adapters` would read and write, from headers."""
+    """What `merge_adapters` would read and write, from headers. print() shows it, `as_dict()` gives plain values.
+
+    The arguments and errors are those of `merge_adapters`.
+    """
     from fastinterp.lora.explain import AdapterExplanation
     from fastinterp.lora.plan import plan_adapters
 

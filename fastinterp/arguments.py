@@ -14,6 +14,7 @@ from fastinterp.messages import with_keys_as
 from fastinterp.ops.dtypes import DTYPE_NAMES, DType, parse_stored
 from fastinterp.output.layout import parse_size
 from fastinterp.recipe.load import CHOICES, NEAREST_CODES, Recipe
+from fastinterp.urls import public
 
 # Alphas this close to 0 or 1 count as 0 or 1, where a model is copied exactly. numpy.arange(-1, 2, 0.001)[1000] is
 # 9e-14: its step, (first + step) - first, is off by half an ulp of `first`, 2**-53 for up to 2, and a sweep has at most
@@ -143,4 +144,4 @@ def path_of(path: object, name: str) -> str:
     if not isinstance(path, (str, os.PathLike)):
         got = repr(path) if isinstance(path, (int, float, type(None))) else type(path).__name__
         raise UsageError(f"`{name}` must be a path, got {got}")
-    return os.fspath(path)
+    return public(os.fspath(path)) if isinstance(path, str) else os.fspath(path)

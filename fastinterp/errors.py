@@ -5,19 +5,28 @@ The command line exits with the exit code of the type; users of the library catc
 
 
 class FastinterpError(Exception):
-    """The base class of the exceptions of fastinterp."""
+    """The base class of the exceptions of fastinterp. `except fastinterp.FastinterpError` catches all of them.
+
+    exit_code  what the command line ends with: 2 to 4, by the kind of error
+    """
 
     exit_code = 1
 
 
 class UsageError(FastinterpError):
-    """An invalid argument, from the command line or from Python."""
+    """An invalid argument, from the command line or from Python; exit code 2."""
 
     exit_code = 2
 
 
 class RecipeError(UsageError):
-    """An invalid recipe. Attributes: path (`$.models[0]`), file, line (1-based), each or None."""
+    """An invalid recipe; exit code 2.
+
+    message  what is wrong, without the place
+    path     the key in the recipe, `$.models[0]`; or None
+    file     its file, or None
+    line     in the file, from 1; or None
+    """
 
     def __init__(self, message: str, *, path: str | None = None, file: str | None = None, line: int | None = None):
         self.message, self.path, self.file, self.line = message, path, file, line
@@ -27,11 +36,11 @@ class RecipeError(UsageError):
 
 
 class MethodError(RecipeError):
-    """Models or parameters that the merge method does not accept."""
+    """Models or parameters that the merge method does not accept; exit code 2. Attributes: those of `RecipeError`."""
 
 
 class BackendError(UsageError):
-    """A backend or instruction set that was requested by name and is not available, or a device that failed."""
+    """A device or instruction set that was asked for and is not available, or a device that failed; exit code 2."""
 
 
 class OutOfMemory(BackendError):
@@ -39,7 +48,12 @@ class OutOfMemory(BackendError):
 
 
 class CheckpointError(FastinterpError):
-    """A checkpoint that is missing, damaged or malicious. Attributes: file, tensor, each or None."""
+    """A checkpoint that is missing, damaged, malicious, or of a kind that is not read; exit code 3.
+
+    message  what is wrong, without the file
+    file     the file or folder, or None
+    tensor   the name of the tensor, or None
+    """
 
     exit_code = 3
 
@@ -53,11 +67,13 @@ class UnreadableError(CheckpointError):
 
 
 class ShapeError(CheckpointError):
-    """Checkpoints whose shapes, dtypes or sets of tensors are not compatible."""
+    """Models whose shapes, dtypes or sets of tensors do not fit together; exit code 3. Attributes: those of
+    `CheckpointError`.
+    """
 
 
 class StorageError(FastinterpError):
-    """The operating system could not read or write."""
+    """The operating system could not read or write; exit code 4."""
 
     exit_code = 4
 
@@ -66,7 +82,7 @@ NO_MEMORY = "not enough memory. Allow more (ulimit -v, control groups), or use a
 
 
 class OutputError(StorageError):
-    """The output cannot be written, or must not be: it exists, contains an input, or the disk is full."""
+    """The output cannot be written, or must not be: it exists, has an input in it, or the disk is full; exit code 4."""
 
 
 class RankError(FastinterpError):

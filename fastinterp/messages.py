@@ -29,10 +29,10 @@ def size(nbytes: float) -> str:
     """Bytes in powers of 1000, with three digits: `2.20 GB`, `12.1 KB`, `512 B`."""
     if nbytes < 1000:
         return f"{nbytes:.0f} B"
-    value, units = float(nbytes), iter(("KB", "MB", "GB", "TB", "PB"))
-    unit = ""
-    while value >= 999.5:
-        value, unit = value / 1000, next(units)
+    value, unit = float(nbytes), ""
+    for larger in ("KB", "MB", "GB", "TB", "PB", "EB"):
+        if value >= 999.5:
+            value, unit = value / 1000, larger
     return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f} {unit}"
 
 

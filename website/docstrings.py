@@ -8,12 +8,11 @@ Indented lines are code. Names of the public interface become links, as do the p
 
 from __future__ import annotations
 
-import html
 import inspect
 import re
 from collections.abc import Mapping
 
-_ITEM = re.compile(r"(?P<term>[\w`*(][^:;]*?) {2,}(?P<text>\S.*)")
+_ITEM = re.compile(r"(?P<term>(?:[\w`*(][^:;]*?|[\"{\[].*?)) {2,}(?P<text>\S.*)")
 _ERROR = re.compile(r"\b[A-Z]\w+Error\b")
 
 
@@ -30,18 +29,14 @@ def markdown(doc: str, links: Mapping[str, str]) -> str:
             made.append("")
         elif lines[0].startswith("    "):
             made += ["", "```python", *_code(lines), "```", ""]
+        elif lines[0].startswith(">>> "):
+            made += ["", "```pycon", *_until_blank(lines), "```", ""]
         elif found := _item(lines):
             term, text = found
-            made += ["", f"<code>{html.escape(term, quote=False)}</code>", f":   {prose(text, links)}", ""]
+            made += ["", term if "`" in term else f"`{term}`", f":   {prose(text, links)}", ""]
         else:
             made.append(prose(lines.pop(0), links))
     return re.sub(r"\n{3,}", "\n\n", "\n".join(made)).strip()
-
-
-def summary(doc: str) -> str:
-    """The first sentence of a docstring."""
-    first = inspect.cleandoc(doc).partition("\n\n")[0].replace("\n", " ")
-    return re.split(r"(?<=[.:]) ", first + " ")[0].rstrip(" :")
 
 
 def prose(text: str, links: Mapping[str, str]) -> str:
@@ -56,7 +51,8 @@ def _linked(code: str, links: Mapping[str, str]) -> str:
 
 
 def _escaped(text: str, links: Mapping[str, str]) -> str:
-    text = re.sub(r"([\\*_<>\[\]|#])", r"\\\1", text)
+    text = re.sub(r"([\\*_\[\]|#])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;"))
+    text = text.replace("{", "&#123;")  # which would begin attributes
     text = _ERROR.sub(lambda found: f"[{found[0]}]({links[found[0]]})" if found[0] in links else found[0], text)
     return re.sub(r"docs/([\w-]+\.md)", r"[\1](\1)", text)
 
@@ -66,6 +62,14 @@ def _code(lines: list[str]) -> list[str]:
     taken: list[str] = []
     while lines and (lines[0].startswith("    ") or (not lines[0] and lines[1:] and lines[1].startswith("    "))):
         taken.append(lines.pop(0)[4:])
+    return taken
+
+
+def _until_blank(lines: list[str]) -> list[str]:
+    """Takes the lines at the front, up to a blank one."""
+    taken: list[str] = []
+    while lines and lines[0]:
+        taken.append(lines.pop(0))
     return taken
 
 

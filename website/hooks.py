@@ -88,11 +88,9 @@ def project_path(page: str, target: str) -> str:
 
 
 def site_text(markdown: str, page: str, titles: Mapping[str, str]) -> str:
-    """The Markdown of the page at `page` in the project, with links of the site, and tables for Python-Markdown.
+    """The Markdown of the page at `page` in the project, with links of the site, and as Python-Markdown reads it.
 
     titles  of pages: what a link says that is called as its file
-
-    GitHub reads `\\|` in code as a bar; Python-Markdown would show the backslash, and needs none in code.
     """
 
     def link(found: re.Match[str]) -> str:
@@ -111,12 +109,28 @@ def site_text(markdown: str, page: str, titles: Mapping[str, str]) -> str:
     for code in _CODE.finditer(markdown):
         # The text of a link may have code in it, so links are looked for in the whole, without blocks.
         if code[0].startswith("```"):
-            parts += [_LINK.sub(link, markdown[end : code.start()]), code[0]]
+            parts += [_adapted(_LINK.sub(link, markdown[end : code.start()])), code[0]]
             end = code.end()
-    parts.append(_LINK.sub(link, markdown[end:]))
-    lines = "".join(parts).split("\n")
-    return "\n".join(_bars(line) if line.startswith("|") else line for line in lines)
+    return "".join([*parts, _adapted(_LINK.sub(link, markdown[end:]))])
 
 
-def _bars(row: str) -> str:
-    return re.sub(r"`[^`]*`", lambda code: code[0].replace("\\|", "|"), row)
+def _adapted(text: str) -> str:
+    """Lists and tables of GitHub for Python-Markdown, of a text without blocks of code at its margin.
+
+    What belongs to an item of a list is indented by four, where GitHub takes less; and after paragraphs in an item, a
+    blank line is before the next. A bar in the code of a table has a backslash on GitHub, and none here.
+    """
+    lines: list[str] = []
+    width, blank, before = 0, False, ""  # of an item's marker; whether the item has a blank line
+    for line in text.split("\n"):
+        if item := re.match(r"(?:\d+\.|[*+-]) +", line):
+            lines += [""] if width and blank and before.strip() else []
+            width, blank = len(item[0]), False
+        elif width and line.startswith(" " * width):
+            line = "    " + line[width:]
+        elif line.strip() and not before.strip():
+            width = 0
+        blank = blank or not line.strip()
+        lines.append(re.sub(r"`[^`]*`", lambda code: code[0].replace("\\|", "|"), line) if line[:1] == "|" else line)
+        before = line
+    return "\n".join(lines)

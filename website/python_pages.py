@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import fastinterp
-from website.docstrings import markdown
+from website.docstrings import markdown, prose
 
 ROOT = Path(__file__).resolve().parents[1]
 _WIDTH = 88  # columns of a signature on one line
@@ -172,7 +172,11 @@ def _alias(node: ast.Assign, module: str, name: str, links: Mapping[str, str]) -
         if value.value.id == "Annotated" and isinstance(last, ast.Constant):
             kind = ast.unparse(value.slice.elts[0])
             return ["```python", f"{name} = {kind}", "```", "", markdown(str(last.value), links), ""]
-    return ["```python", f"{name} = {ast.unparse(value)}", "```", ""]
+    lines = _text(module).split("\n")
+    behind, above = lines[node.lineno - 1].partition("  # ")[2], lines[node.lineno - 2].partition("# ")
+    comment = behind or (above[2] if not above[0] else "")
+    made = ["```python", f"{name} = {ast.unparse(value)}", "```", ""]
+    return [*made, prose(comment[:1].upper() + comment[1:] + ".", links), ""] if comment else made
 
 
 def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef, name: str, *, method: bool = False) -> str:
@@ -239,6 +243,11 @@ def _doc(node: ast.Module | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDe
 
 @cache
 def _tree(module: str) -> ast.Module:
+    return ast.parse(_text(module))
+
+
+@cache
+def _text(module: str) -> str:
     path = ROOT / Path(*module.split("."))
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    return ast.parse(path.read_text("utf-8"))
+    return path.read_text("utf-8")

@@ -62,18 +62,21 @@ pybind11::object view_of(const T* values, size_t count, const char* format) {
   return pybind11::memoryview(bytes).attr("cast")(format);
 }
 
-// The statistics of one output.
+// The statistics of one output. All dicts share their keys, so that those of many tensors take little memory.
 inline pybind11::dict as_dict(const RowStats& s) {
   pybind11::dict d;
-  d["nan_in"] = s.nan_in;
-  d["inf_in"] = s.inf_in;
-  d["nan_out"] = s.nan_out;
-  d["inf_out"] = s.inf_out;
-  d["sampled"] = s.sampled;
-  d["changed"] = s.changed;
-  d["sum_pp"] = s.sum_pp;
-  d["sum_dd"] = s.sum_dd;
-  d["sum_od"] = s.sum_od;
+  const auto set = [&d](const char* name, auto value) {
+    if (PyDict_SetItemString(d.ptr(), name, pybind11::cast(value).ptr()) != 0) throw pybind11::error_already_set();
+  };
+  set("nan_in", s.nan_in);
+  set("inf_in", s.inf_in);
+  set("nan_out", s.nan_out);
+  set("inf_out", s.inf_out);
+  set("sampled", s.sampled);
+  set("changed", s.changed);
+  set("sum_pp", s.sum_pp);
+  set("sum_dd", s.sum_dd);
+  set("sum_od", s.sum_od);
   return d;
 }
 

@@ -58,31 +58,6 @@ FI_DEVICE typename Format<D>::Bits element_of(const Vector16& v, int e) {
     return uint16_t(v.w[e / 2] >> (16 * (e % 2)));
 }
 
-// f16 by the device's conversions, which round to nearest even and preserve subnormals.
-template <DType D>
-FI_DEVICE float widen_fast(typename Format<D>::Bits b) {
-#ifdef __CUDA_ARCH__
-  if constexpr (D == DType::F16) {
-    float x;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(b));
-    return x;
-  }
-#endif
-  return widen_f32<D>(b);
-}
-
-template <DType D>
-FI_DEVICE typename Format<D>::Bits narrow_fast(float y) {
-#ifdef __CUDA_ARCH__
-  if constexpr (D == DType::F16) {
-    uint16_t b;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(b) : "f"(y));
-    return y == y ? b : uint16_t(Format<D>::kNan);
-  }
-#endif
-  return narrow<D, Fp8Saturate, false>(y, 0u);
-}
-
 // One row of one vector. `nonfinite` becomes true where a NaN or an infinity is stored.
 template <DType D, int N>
 FI_DEVICE Vector16 fast_sum(const FastRow<N>& row, const Vector16 (&x)[N], bool* nonfinite) {
@@ -90,14 +65,15 @@ FI_DEVICE Vector16 fast_sum(const FastRow<N>& row, const Vector16 (&x)[N], bool*
   float p[kE], acc[kE];
 #pragma unroll
   for (int e = 0; e < kE; ++e) {
-    p[e] = widen_fast<D>(element_of<D>(x[0], e));
+    p[e] = widen_fast<float, D>(element_of<D>(x[0], e));
     acc[e] = 0;
   }
 #pragma unroll
   for (int i = 1; i < N; ++i)
     if (row.terms >> i & 1)
 #pragma unroll
-      for (int e = 0; e < kE; ++e) acc[e] = add_term(row.w[i], widen_fast<D>(element_of<D>(x[i], e)), p[e], acc[e]);
+      for (int e = 0; e < kE; ++e)
+        acc[e] = add_term(row.w[i], widen_fast<float, D>(element_of<D>(x[i], e)), p[e], acc[e]);
   Vector16 y{};
 #pragma unroll
   for (int e = 0; e < kE; ++e) {

@@ -30,6 +30,8 @@ FI_KERNEL(kThreads, 4) fold_kernel(FI_ARGUMENT FoldTask task, const double* part
 
 int64_t fold_scratch(const FoldTask& task) { return task.count > 1 ? task.rows * groups(task.count) * task.width : 0; }
 
+const void* fold_function() { return reinterpret_cast<const void*>(&fold_kernel); }
+
 double* fold_parts(const FoldTask& task, double* parts, double* scratch, cudaStream_t stream) {
   double *from = parts, *to = scratch;
   for (FoldTask now = task; now.count > 1; now.count = groups(now.count)) {

@@ -21,5 +21,8 @@ int64_t fold_scratch(const FoldTask& task);
 // `scratch`.
 double* fold_parts(const FoldTask& task, double* parts, double* scratch, cudaStream_t stream);
 
+// The kernel, as cudaFuncGetAttributes takes it: all kernels of a build have code for the same devices.
+const void* fold_function();
+
 }  // namespace cuda
 }  // namespace fi

@@ -29,8 +29,8 @@ struct HistogramTask {
   BracketTask brackets[kMostBrackets];
 };
 
-// blocks: how many can run at a time, or fewer. There is at least one strip.
-void histogram(const HistogramTask& task, uint32_t blocks, cudaStream_t stream);
+// There is at least one strip. The device that the stream is of is the thread's current one.
+void histogram(const HistogramTask& task, cudaStream_t stream);
 
 }  // namespace cuda
 }  // namespace fi

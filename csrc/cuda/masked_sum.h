@@ -8,24 +8,32 @@
 namespace fi {
 namespace cuda {
 
-struct MaskedSumTaskTerm {
+// Numbers are T: the host converts them, since a device takes dozens of cycles to make a float of a double.
+template <class T>
+struct MaskedTerm {
   int input, importance;  // -1: none
-  double weight, sign_weight, share, sole_weight;
+  T weight, least_weight, sign_weight, share, sole_weight;
   MaskRange test;
 };
 
 // One output of a piece.
-struct MaskedSumTask {
+template <class T>
+struct MaskedTask {
   InputTable inputs;
   int base, n_terms;
-  bool wide, elects_signs, divides, has_sole_weights, important;
-  double least_share, other_share, limit;
+  bool elects_signs, divides, has_sole_weights, important;
+  bool random;  // some term draws
+  T least_share, other_share, limit;
   ScoreTask score;
   uint64_t reads;  // bit i: input i is read
   OutputTask to;
   int64_t numel, first;
   OutputStats stats;
-  MaskedSumTaskTerm terms[kMaxInputs];
+  MaskedTerm<T> terms[kMaxInputs];
+};
+
+struct MaskedSumTask : MaskedTask<double> {
+  bool wide;  // compute in float64
 };
 
 // There is at least one element.

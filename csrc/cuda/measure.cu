@@ -9,7 +9,6 @@ namespace {
 
 constexpr int kGroup = 4;  // vectors that a block takes from one index on: ten products in registers
 constexpr int kStageBytes = 32 << 10;
-constexpr int kAnyDType = -1;
 
 FI_DEVICE int least(int64_t a, int b) { return a < b ? int(a) : b; }
 
@@ -41,56 +40,108 @@ FI_DEVICE Slab slab_of(const MeasureTask& m, int64_t part) {
           m.sums + (part / spans * m.length + column) * width};
 }
 
-// Lines that lie in shared memory at a time.
+// Lines that lie in shared memory at a time: so many that every thread has whole units of them.
 template <class T, int kVectors>
 FI_HD constexpr int lines_at_once() {
-  return kStageBytes / (kVectors * kLanes * int(sizeof(T)));
+  int lines = kUnit;
+  while (2 * lines * kVectors * kLanes * int(sizeof(T)) <= kStageBytes) lines *= 2;
+  while (lines > 1 && lines * kVectors * kLanes * int(sizeof(T)) > kStageBytes) lines /= 2;
+  return lines;
 }
 
-// kSame: the dtype of all inputs, or kAnyDType.
-template <class T, int kSame>
-FI_DEVICE void input_unit(const MeasureTask& m, int i, int64_t e, int n, T* to) {
-  if constexpr (kSame != kAnyDType)
-    unit<T, DType(kSame)>(m.inputs.x[i], e, n, to);
-  else
-    unit<T>(m.inputs.in[i], m.inputs.x[i], e, n, to);
+// Where a unit of lines `line` and on is: that of line line + item / (kLanes / kUnit).
+struct UnitPlace {
+  int64_t at;      // its first element
+  int slot, here;  // its first number in the lines of a vector; elements of it that exist
+};
+
+FI_DEVICE UnitPlace place_of(const Slab& slab, int line, int item) {
+  constexpr int kUnits = kLanes / kUnit;
+  const int l = line + item / kUnits, lane = item % kUnits * kUnit;
+  const int here = l < slab.lines ? least(least(slab.lanes - lane, slab.total - l * kLanes - lane), kUnit) : 0;
+  return {slab.at + l * slab.stride + lane, item / kUnits * kLanes + lane, here < 0 ? 0 : here};
 }
 
-// Lines `line` and on of vectors a, a + 1, and so on, from the kGroup-th on b, b + 1, and so on: element i of line l of
-// vector v goes to to[(v * kAtOnce + l) * kLanes + i]. What does not exist is 0.
-template <class T, int kSame, int kVectors>
-FI_DEVICE void stage_lines(const MeasureTask& m, const Slab& slab, int a, int b, int line, T* to) {
-  constexpr int kAtOnce = lines_at_once<T, kVectors>(), kUnits = kLanes / kUnit, kItems = kAtOnce * kUnits;
-#pragma unroll(kSame == kAnyDType ? 1 : 4)
-  for (int item = int(thread_index()); item < kVectors * kItems; item += kLanes) {
-    const int v = item / kItems, l = line + item % kItems / kUnits, lane = item % kUnits * kUnit;
-    const int i = (v < kGroup ? a : b) + v % kGroup;
-    const int here = least(least(slab.lanes - lane, slab.total - l * kLanes - lane), kUnit);
-    T x[kUnit];
-    if (i < m.n && l < slab.lines && here > 0) {
-      const int64_t e = slab.at + l * slab.stride + lane;
-      input_unit<T, kSame>(m, i, e, here, x);
-      if (m.deltas && i > 0) {
-        T p[kUnit];
-        input_unit<T, kSame>(m, 0, e, here, p);
-        for (int j = 0; j < kUnit; ++j) x[j] -= p[j];
-      }
-    } else {
-      for (int j = 0; j < kUnit; ++j) x[j] = 0;
+template <class T>
+FI_DEVICE void put_unit(const T* x, T* slot) {
+  for (int j = 0; j < kUnit; ++j) slot[j] = x[j];
+}
+
+// Whether all units of a slab exist whole, and lie where vectors are loaded.
+FI_DEVICE bool is_whole(const MeasureTask& m, const Slab& slab) {
+  return m.units && slab.lanes % kUnit == 0 && slab.total % kUnit == 0;
+}
+
+// Runs take(values) for every line, values those of the thread's lane of each vector: of all kVectors inputs, of dtype
+// kSame, of a slab that is whole. Element i of line l of vector v is in staged[(v * kAtOnce + l) * kLanes + i]. While
+// the lines that are there are summed, the next ones are loaded; all vectors of a unit together, so that the base is
+// loaded once.
+template <int kSame, int kVectors, class Take>
+FI_DEVICE void each_line_of_all(const MeasureTask& m, const Slab& slab, float* staged, Take take) {
+  constexpr int kAtOnce = lines_at_once<float, kVectors>(), kUnits = kAtOnce / kUnit;  // units of a thread
+  constexpr DType kDType = DType(kSame);
+  const int lane = int(thread_index());
+  Raw<float, kSame> raw[kUnits][kVectors];
+  const auto load = [&](int line) {
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+      const UnitPlace place = place_of(slab, line, lane + u * kLanes);
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) load_unit(kDType, m.inputs.x[v], place.at, place.here != 0, &raw[u][v]);
     }
-    T* const slot = to + (v * kAtOnce + (l - line)) * kLanes + lane;
-    for (int j = 0; j < kUnit; ++j) slot[j] = x[j];
+  };
+  load(0);
+  for (int line = 0; line < slab.lines; line += kAtOnce) {
+    sync_threads();  // what was staged before has been used
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+      const UnitPlace place = place_of(slab, line, lane + u * kLanes);
+      float p[kUnit], x[kUnit];
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        widen_unit(kDType, raw[u][v], x);
+        for (int j = 0; j < kUnit; ++j) {
+          if (v == 0)
+            p[j] = m.deltas ? x[j] : 0.0f;
+          else
+            x[j] -= p[j];
+        }
+        put_unit(x, staged + v * kAtOnce * kLanes + place.slot);
+      }
+    }
+    sync_threads();
+    load(line + kAtOnce);
+    const int here = least(slab.lines - line, kAtOnce);
+#pragma unroll 2
+    for (int l = 0; l < here; ++l) {
+      float x[kVectors];
+      for (int v = 0; v < kVectors; ++v) x[v] = staged[(v * kAtOnce + l) * kLanes + lane];
+      take(x);
+    }
   }
 }
 
-// Runs take(values) for every line, values those of the thread's lane of each vector.
-template <class T, int kSame, int kVectors, class Take>
+// The same for vectors a, a + 1, and so on, from the kGroup-th on b, b + 1, and so on, of any dtypes. What does not
+// exist is 0.
+template <class T, int kVectors, class Take>
 FI_DEVICE void each_line(const MeasureTask& m, const Slab& slab, int a, int b, T* staged, Take take) {
-  constexpr int kAtOnce = lines_at_once<T, kVectors>();
+  constexpr int kAtOnce = lines_at_once<T, kVectors>(), kItems = kAtOnce * kLanes / kUnit;
   const int lane = int(thread_index());
   for (int line = 0; line < slab.lines; line += kAtOnce) {
     sync_threads();  // what was staged before has been used
-    stage_lines<T, kSame, kVectors>(m, slab, a, b, line, staged);
+#pragma unroll 1
+    for (int item = lane; item < kVectors * kItems; item += kLanes) {
+      const int v = item / kItems;
+      const UnitPlace place = place_of(slab, line, item % kItems);
+      const int i = (v < kGroup ? a : b) + v % kGroup;
+      T x[kUnit] = {}, p[kUnit] = {};
+      if (i < m.n && place.here > 0) {
+        unit<T>(m.inputs.in[i], m.inputs.x[i], place.at, place.here, x);
+        if (m.deltas && i > 0) unit<T>(m.inputs.in[0], m.inputs.x[0], place.at, place.here, p);
+      }
+      for (int j = 0; j < kUnit; ++j) x[j] -= p[j];
+      put_unit(x, staged + v * kAtOnce * kLanes + place.slot);
+    }
     sync_threads();
     const int here = least(slab.lines - line, kAtOnce);
 #pragma unroll 2
@@ -125,7 +176,7 @@ FI_DEVICE void measure_group(const MeasureTask& m, const Slab& slab, int a, doub
   constexpr int kPairs = kVectors * (kVectors + 1) / 2, kSums = kPairs + 2 * kVectors;
   double sum[kSums] = {};
   int nonzero[kVectors] = {};
-  each_line<T, kSame, kVectors>(m, slab, a, a, reinterpret_cast<T*>(shared), [&](const T* x) {
+  const auto take = [&](const T* x) {
     double wide[kVectors];
     for (int i = 0; i < kVectors; ++i) {
       nonzero[i] += x[i] != 0;
@@ -134,7 +185,11 @@ FI_DEVICE void measure_group(const MeasureTask& m, const Slab& slab, int a, doub
     }
     for (int i = 0, s = 0; i < kVectors; ++i)
       for (int j = i; j < kVectors; ++j, ++s) sum[s] = fma_once(wide[i], wide[j], sum[s]);
-  });
+  };
+  if constexpr (kSame != kAnyDType)
+    each_line_of_all<kSame, kVectors>(m, slab, reinterpret_cast<T*>(shared), take);
+  else
+    each_line<T, kVectors>(m, slab, a, a, reinterpret_cast<T*>(shared), take);
   for (int i = 0; i < kVectors; ++i) sum[kPairs + kVectors + i] = nonzero[i];
   const int n = m.n;
   store_sums<kSums>(m, slab, sum, shared, [=](int s) {
@@ -152,7 +207,7 @@ FI_DEVICE void measure_group(const MeasureTask& m, const Slab& slab, int a, doub
 template <class T>
 FI_DEVICE void measure_products(const MeasureTask& m, const Slab& slab, int a, int b, double* shared) {
   double sum[kGroup * kGroup] = {};
-  each_line<T, kAnyDType, 2 * kGroup>(m, slab, a, b, reinterpret_cast<T*>(shared), [&](const T* x) {
+  each_line<T, 2 * kGroup>(m, slab, a, b, reinterpret_cast<T*>(shared), [&](const T* x) {
     for (int i = 0; i < kGroup; ++i)
       for (int j = 0; j < kGroup; ++j)
         sum[i * kGroup + j] = fma_once(double(x[i]), double(x[kGroup + j]), sum[i * kGroup + j]);
@@ -176,10 +231,14 @@ FI_HD constexpr int shared_size() {
 
 // kVectors inputs, all of one dtype, which float32 holds.
 template <int kSame, int kVectors>
-FI_KERNEL(kLanes, kVectors > 2 ? 3 : 4)
+FI_KERNEL(kLanes, (kVectors > 2 ? 3 : 4) - int(kSame == int(DType::F32)))
 measure_kernel(FI_ARGUMENT MeasureTask m) {
   FI_SHARED double shared[shared_size<float, kVectors>()];
-  measure_group<float, kSame, kVectors>(m, slab_of(m, block_index()), 0, shared);
+  const Slab slab = slab_of(m, block_index());
+  if (is_whole(m, slab))
+    measure_group<float, kSame, kVectors>(m, slab, 0, shared);
+  else
+    measure_group<float, kAnyDType, kVectors>(m, slab, 0, shared);
 }
 
 // Any inputs.
@@ -210,6 +269,13 @@ void launch_same(const MeasureTask& task, uint32_t blocks, cudaStream_t stream) 
     FI_LAUNCH((measure_kernel<kSame, 4>), blocks, kLanes, stream, task);
 }
 
+// Whether all units of all rows lie where vectors are loaded.
+bool lies_in_units(const MeasureTask& task) {
+  bool all = task.length == task.numel || task.length % kUnit == 0;
+  for (int i = 0; i < task.n; ++i) all = all && has_units(task.inputs.x[i], task.inputs.in[i], 0);
+  return all;
+}
+
 void launch_any(const MeasureTask& task, uint32_t parts, cudaStream_t stream) {
   const uint32_t groups = uint32_t(task.n + kGroup - 1) / kGroup, blocks = parts * groups * (groups + 1) / 2;
   if (task.wide)
@@ -226,7 +292,9 @@ FoldTask measure_parts(const MeasureTask& task) {
   return {rows, (task.length + kChunk - 1) / kChunk, width};
 }
 
-void measure(const MeasureTask& task, cudaStream_t stream) {
+void measure(const MeasureTask& given, cudaStream_t stream) {
+  MeasureTask task = given;
+  task.units = lies_in_units(task);
   const FoldTask parts = measure_parts(task);
   const int64_t spans = task.by_column ? (task.length + kLanes - 1) / kLanes : 1;
   const uint32_t blocks = uint32_t(parts.rows * parts.count * spans);

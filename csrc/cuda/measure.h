@@ -18,6 +18,7 @@ struct MeasureTask {
   int64_t numel;
   int64_t length;  // of a row; all elements if the tensor is measured as one
   double* sums;    // measure_width(n) of each part, the parts of a row, or blocks of rows, one after the other
+  bool units;      // set by `measure`: units lie where they can be loaded whole
 };
 
 // Numbers of a vector of sums: measure_sums(n), then the counts of elements that are not 0.

@@ -4,6 +4,8 @@
 
 #include <cstring>
 
+#include "folds.h"
+
 namespace fi {
 namespace cuda {
 
@@ -74,6 +76,22 @@ int64_t free_bytes(int device) {
   size_t free = 0, total = 0;
   check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo", device);
   return int64_t(free);
+}
+
+std::string unusable(int device) {
+  const OnDevice on(device);
+  int pools = 0, major = 0, minor = 0;
+  check(cudaDeviceGetAttribute(&pools, cudaDevAttrMemoryPoolsSupported, device), "cudaDeviceGetAttribute", device);
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute", device);
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute", device);
+  cudaFuncAttributes attributes{};
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, fold_function());
+  if (error != cudaSuccess) {
+    (void)cudaGetLastError();
+    return "this build has no kernels for its compute capability, " + std::to_string(major) + "." +
+           std::to_string(minor) + " (" + cudaGetErrorName(error) + ")";
+  }
+  return pools ? "" : "it has no memory pools (cudaMallocAsync)";
 }
 
 OnDevice::OnDevice(int device) {

@@ -31,6 +31,9 @@ int device_count();
 std::string device_label(int device);
 // Free memory now, in bytes.
 int64_t free_bytes(int device);
+// Why no kernel of this build can run on the device, or nothing can be allocated in the order of a queue; empty if both
+// can. Makes a context on the device. Throws Error, if not even that can be made.
+std::string unusable(int device);
 
 // Makes a device the calling thread's current one, for a scope. Afterwards the thread has the context that it had, or
 // none: to set the device that it had instead would make a context there, of hundreds of megabytes, even if nobody uses

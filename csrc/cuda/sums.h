@@ -7,6 +7,31 @@
 namespace fi {
 namespace cuda {
 
+// f16 by the device's conversions, which round to nearest even and preserve subnormals.
+template <class T, DType D>
+FI_DEVICE T widen_fast(typename Format<D>::Bits b) {
+#ifdef __CUDA_ARCH__
+  if constexpr (D == DType::F16) {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(b));
+    return T(x);
+  }
+#endif
+  return widen<T, D>(b);
+}
+
+template <DType D>
+FI_DEVICE typename Format<D>::Bits narrow_fast(float y) {
+#ifdef __CUDA_ARCH__
+  if constexpr (D == DType::F16) {
+    uint16_t b;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(b) : "f"(y));
+    return y == y ? b : uint16_t(Format<D>::kNan);
+  }
+#endif
+  return narrow<D, Fp8Saturate, false>(y, 0u);
+}
+
 template <class T, DType D>
 FI_DEVICE T widen_at(const void* x, int64_t i) {
   using Bits = typename Format<D>::Bits;

@@ -66,7 +66,7 @@ SourceHandle = Handle | RemoteSource  # also a file that is elsewhere
 SinkHandle = Handle | FileChecksum  # also a file with the checksum of what is written
 
 
-def memory_address(handle: SinkHandle) -> int:
+def memory_address(handle: SourceHandle | SinkHandle) -> int:
     """The address of a source or sink in memory. Raises: TypeError, if it is a file."""
     if not isinstance(handle, tuple):
         raise TypeError(f"{handle} is a file, and has no address")
@@ -136,7 +136,7 @@ def watch(pump: Pump, total: int, progress: Progress | None) -> None:
 
 
 def survey(
-    sources: Sequence[Handle],
+    sources: Sequence[SourceHandle],
     steps: Sequence[Step],
     options: PumpOptions,
     explained: Callable[[tuple[Any, ...]], Exception],

@@ -44,13 +44,16 @@ def device_count() -> int:
 def device(index: int) -> CudaDevice:
     """The device of this number, from 0.
 
-    Raises: BackendError, if there is none.
+    Raises: BackendError, if there is none, or if no kernel of this build can run on it, or its memory is taken.
     """
     count = device_count()
     if not 0 <= index < count:
         there = ", ".join(f"cuda:{i}" for i in range(count))
         raise BackendError(f"there is no device cuda:{index}. There are: {there or 'none'}")
-    return CudaDevice(index)
+    found = CudaDevice(index)
+    if why := _native().unusable(index):
+        raise BackendError(f"cuda:{index}, {found.label}, cannot be used: {why}")
+    return found
 
 
 class CudaDevice:

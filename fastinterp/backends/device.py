@@ -5,7 +5,8 @@ nothing of files, recipes or methods. The module of a backend, named in its row 
 
     missing() -> str              the reason why it has no device; empty if it has one
     device_count() -> int         the number of its devices
-    device(index: int) -> Device  the one of this number, from 0. Raises: BackendError, if there is none
+    device(index: int) -> Device  the one of this number, from 0. Raises: BackendError, if there is none, or if it
+                                  cannot be used: kernels cannot run on it, or its memory is taken
 """
 
 from __future__ import annotations

@@ -111,8 +111,8 @@ def device_spec(device: object) -> DeviceSpec:
 def find_devices(spec: DeviceSpec, local: int = 0) -> list[Device]:
     """The accelerators of a specification, ready for use; none for cpu and auto.
 
-    `cuda` is the extension fastinterp._cuda if it was built and finds a device, else Triton; FASTINTERP_GPU names one
-    of them. Without ordinals it is device number `local`, modulo the number of devices.
+    `cuda` is the extension fastinterp._cuda if it was built and its kernels run on the device, else Triton;
+    FASTINTERP_GPU names one of them. Without ordinals it is device number `local`, modulo the number of devices.
     Raises: BackendError with what is missing, if they cannot be used.
     """
     if spec.kind in ("cpu", "auto"):
@@ -120,13 +120,17 @@ def find_devices(spec: DeviceSpec, local: int = 0) -> list[Device]:
     why = []
     for name in _serving(spec.kind):
         backend = _backend(name)
-        if backend.missing is None:
-            missing = [i for i in spec.ordinals if i >= backend.count]
-            if missing:
-                there = ", ".join(f"{spec.kind}:{i}" for i in range(backend.count))
-                raise BackendError(f"device {str(spec)!r}: there is no device {missing[0]}. There are {there}")
+        if backend.missing is not None:
+            why.append(f"{name}: {backend.missing}")
+            continue
+        missing = [i for i in spec.ordinals if i >= backend.count]
+        if missing:
+            there = ", ".join(f"{spec.kind}:{i}" for i in range(backend.count))
+            raise BackendError(f"device {str(spec)!r}: there is no device {missing[0]}. There are {there}")
+        try:
             return [backend.open(i) for i in spec.ordinals or (local % backend.count,)]
-        why.append(f"{name}: {backend.missing}")
+        except BackendError as error:  # as if it were missing: the next backend may have code for this device
+            why.append(f"{name}: {error}")
     raise BackendError(f"device {str(spec)!r} cannot be used: {'; '.join(why)}. Usable here: auto, cpu")
 
 
@@ -141,8 +145,17 @@ def maybe_driver() -> bool:
 
 
 def gpu_backends() -> dict[str, str | None]:
-    """For every backend for accelerators the reason why it cannot be used here, or None if it can."""
-    return {name: _backend(name).missing for name in _BACKENDS}
+    """For every backend for accelerators the reason why it cannot be used here, or None if its first device can."""
+    return {name: _unusable(_backend(name)) for name in _BACKENDS}
+
+
+def _unusable(backend: _Backend) -> str | None:
+    if backend.missing is None:
+        try:
+            backend.open(0)
+        except BackendError as error:
+            return str(error)
+    return backend.missing
 
 
 def _serving(kind: str) -> list[str]:

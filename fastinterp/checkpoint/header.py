@@ -17,7 +17,7 @@ import msgspec
 from fastinterp.checkpoint.names import quote, shell_word
 from fastinterp.checkpoint.remote import Readable, opened
 from fastinterp.checkpoint.strict_json import parse_object
-from fastinterp.errors import CheckpointError
+from fastinterp.errors import CheckpointError, UnreadableError
 from fastinterp.ops.dtypes import DTYPES, DType
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ class Conversion(Protocol):
         ...
 
 
-class Entry(msgspec.Struct, frozen=True):
-    """One tensor of a file: dtype, shape and the place of its bytes."""
+class Entry(msgspec.Struct, frozen=True, gc=False):
+    """One tensor of a file: dtype, shape and the place of its bytes. Models have hundreds of thousands of them."""
 
     name: str
     dtype: DType
@@ -219,7 +219,7 @@ def _read_exactly(source: Readable, count: int, offset: int, file: str) -> bytes
     while count:
         part = source.pread(count, offset)
         if not part:
-            raise CheckpointError("the file ended while its header was read: it is being changed", file=file)
+            raise UnreadableError("the file ended while its header was read: it is being changed", file=file)
         parts.append(part)
         count -= len(part)
         offset += len(part)
@@ -249,6 +249,7 @@ def _rewritten(file: str) -> str:
 def _entries(table: dict[str, _Info], start: int, size: int, file_index: int, file: str) -> list[Entry]:
     """Check every tensor by itself. start: of the data section in the file, bytes; size: of the data section, bytes."""
     entries: list[Entry] = []
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # each once: most tensors have that of another
     for name, info in table.items():
         dtype, (begin, end) = DTYPES.get(info.dtype), info.data_offsets
         numel = 1
@@ -260,7 +261,9 @@ def _entries(table: dict[str, _Info], start: int, size: int, file_index: int, fi
             numel *= dim
         if dtype is None or not 0 <= begin <= end <= size or numel < 0 or numel * dtype.bits != (end - begin) * 8:
             _explain(name, msgspec.to_builtins(info), file, size)
-        entries.append(Entry(name, dtype, tuple(info.shape), start + begin, end - begin, file_index))
+        shape = tuple(info.shape)
+        shape = shapes.setdefault(shape, shape)
+        entries.append(Entry(name, dtype, shape, start + begin, end - begin, file_index))
     return entries
 
 

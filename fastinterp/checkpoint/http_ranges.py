@@ -10,11 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urljoin, urlsplit
 
 from fastinterp._version import __version__
 from fastinterp.errors import CheckpointError, StorageError
+
+T = TypeVar("T")
 
 _TIMEOUT_S = 30.0  # without any byte
 _TRIES = 5  # in a row that bring nothing
@@ -23,6 +25,7 @@ _REDIRECTS = 10
 _KEPT = 4  # connections of a thread
 _AGAIN = (408, 425, 429, 500, 502, 503, 504)
 _MOVED = (301, 302, 303, 307, 308)
+_ABSENT = (401, 403, 404, 410)
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
 
@@ -32,6 +35,10 @@ class _Again(Exception):
     def __init__(self, message: str, wait: float | None = None):
         super().__init__(message)
         self.wait = wait
+
+
+class NotThere(StorageError):
+    """The server has no such file, or does not let it out."""
 
 
 class HttpFile:
@@ -58,6 +65,59 @@ class HttpFile:
         self._version: str | None = None
         self._threads = threading.local()
         self.size = size if size is not None else self._ask_size()
+
+    @property
+    def version(self) -> str:
+        """What the server calls the version of the file; empty, if its address has that already, or it says nothing."""
+        return "" if self._pinned else self._version or ""
+
+    def changed(self) -> bool:
+        """Never: every answer is compared with the first."""
+        return False
+
+    @classmethod
+    def whole(
+        cls, url: str, name: str, headers: Mapping[str, str], most: int, wanted: str = ""
+    ) -> tuple[str, bytes] | None:  # fmt: skip
+        """The address, behind all redirects, and the content of a small file; None, if there is none, or it is not let
+        out.
+
+        most    bytes, more is an error
+        wanted  its type, as `text/html`; None comes back of any other
+        Raises: StorageError.
+        """
+        file = cls(url, name, 0, lambda: headers)
+
+        def ask() -> tuple[str, bytes] | None:
+            answer = file._request("GET", {})
+            if answer.status in _ABSENT or (answer.status == 200 and not _type_of(answer).startswith(wanted)):
+                _connections.close()
+                return None
+            if answer.status != 200:
+                raise file._refused(answer)
+            content = answer.read(most + 1)
+            if len(content) > most:
+                _connections.close()
+                raise StorageError(f"{name}: more than {most} bytes, which is no small file")
+            length = answer.getheader("Content-Length") or ""
+            if length.isdecimal() and len(content) != int(length):
+                raise _Again("the connection was closed early")
+            return file._location, content
+
+        return file._tried(ask)
+
+    def _tried(self, ask: Callable[[], T]) -> T:
+        """What `ask` returns, asked again after errors that may pass. Raises: StorageError."""
+        for tries in range(1, _TRIES + 1):
+            try:
+                return ask()
+            except (OSError, http.client.HTTPException, _Again) as error:
+                _connections.close()
+                message = str(error) if isinstance(error, _Again) else describe(error)
+                wait = error.wait if isinstance(error, _Again) else None
+                if tries < _TRIES:
+                    time.sleep(min(_LONGEST_WAIT_S, wait if wait is not None else 0.2 * 2**tries))
+        raise StorageError(f"{self.name}: it cannot be reached: {message}")
 
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill `view` with the bytes from `offset` on.
@@ -97,24 +157,22 @@ class HttpFile:
 
     def _ask_size(self) -> int:
         """The size, from an answer about the first byte."""
-        for tries in range(1, _TRIES + 1):
-            try:
-                answer = self._request("GET", {"Range": "bytes=0-0"})
-                match = _RANGE.fullmatch(answer.getheader("Content-Range", "") or "")
-                if answer.status == 416:
-                    raise CheckpointError("the file is empty. Download or copy it again", file=self.name)
-                if answer.status != 206 or match is None or match[3] == "*":
-                    raise self._refused(answer)
-                self._version = _version_of(answer)
-                answer.read()
-                return int(match[3])
-            except (OSError, http.client.HTTPException, _Again) as error:
+
+        def ask() -> int:
+            answer = self._request("GET", {"Range": "bytes=0-0"})
+            match = _RANGE.fullmatch(answer.getheader("Content-Range", "") or "")
+            if answer.status == 416:
+                raise CheckpointError("the file is empty. Download or copy it again", file=self.name)
+            if answer.status in (200, 206) and _type_of(answer).startswith("text/html"):
                 _connections.close()
-                message = str(error) if isinstance(error, _Again) else describe(error)
-                wait = error.wait if isinstance(error, _Again) else None
-                if tries < _TRIES:
-                    time.sleep(min(_LONGEST_WAIT_S, wait if wait is not None else 0.2 * 2**tries))
-        raise StorageError(f"{self.name}: it cannot be reached: {message}")
+                raise NotThere(f"{self.name}: the server sends a web page in place of a file")
+            if answer.status != 206 or match is None or match[3] == "*":
+                raise self._refused(answer)
+            self._version = _version_of(answer)
+            answer.read()
+            return int(match[3])
+
+        return self._tried(ask)
 
     def _check(self, answer: http.client.HTTPResponse, first: int, last: int) -> None:
         """Raises: unless the answer has just these bytes of the file as it was."""
@@ -148,7 +206,8 @@ class HttpFile:
                 f"{self.name}: the server does not send parts of files (no Range). Download the file, and name that"
             )
         remedy = {401: ": it needs a login", 403: ": access is refused", 404: ": there is no such file"}.get(status, "")
-        return StorageError(f"{self.name}: the server answers {status} {reason}{remedy}")
+        kind = NotThere if status in _ABSENT else StorageError
+        return kind(f"{self.name}: the server answers {status} {reason}{remedy}")
 
     def _request(self, method: str, headers: Mapping[str, str]) -> http.client.HTTPResponse:
         """The answer, behind all redirects. An address that was redirected to is kept until it fails."""
@@ -264,8 +323,15 @@ def _tls() -> Any:
     return ssl.create_default_context(cafile=file)
 
 
+def _type_of(answer: http.client.HTTPResponse) -> str:
+    return (answer.getheader("Content-Type") or "").lower()
+
+
 def _version_of(answer: http.client.HTTPResponse) -> str | None:
-    return answer.getheader("ETag") or answer.getheader("Last-Modified")
+    for name in ("ETag", "Last-Modified"):
+        if value := answer.getheader(name):
+            return f"{name} {value}"
+    return None
 
 
 def describe(error: BaseException) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -66,6 +66,9 @@ class _Run:
     found: dict[tuple[str, str | None], Snapshot | CheckpointError] = field(default_factory=dict)
     unknown: int = 0
     refused: str = ""  # why nothing may be fetched, or cannot
+    wished: str = ""  # the same, if somebody wants it so: other places than the Hub are not asked either
+    addresses: dict[str, Any] = field(default_factory=dict)  # of url_model.py
+    outputs: list[str] = field(default_factory=list)  # addresses that are written
 
 
 _run: ContextVar[_Run | None] = ContextVar("hub_run", default=None)
@@ -90,6 +93,12 @@ def refuse(why: str) -> None:
     run = _run.get()
     if run is not None:
         run.refused = run.refused or why
+        run.wished = run.wished or why
+
+
+def this_run() -> _Run:
+    """What is remembered while a run lasts; outside of one, nothing is."""
+    return _run.get() or _Run()
 
 
 def offline() -> str:
@@ -159,12 +168,13 @@ def _found(repo: str, revision: str | None, run: _Run) -> Snapshot:
             raise CheckpointError("the Hub names no commit of it", file=repo)
         folder = _cache_of(repo)
         _note_commit(folder, revision or constants.DEFAULT_REVISION, commit)
-        sizes = {s.rfilename: s.size for s in info.siblings or () if _is_safe(s.rfilename)}
+        sizes = {s.rfilename: s.size for s in info.siblings or () if is_safe(s.rfilename)}
         return Snapshot(repo, revision, commit, folder / "snapshots" / commit, sizes)
     raise CheckpointError(problem, file=repo)
 
 
-def _is_safe(name: str) -> bool:
+def is_safe(name: str) -> bool:
+    """Whether a name of a file elsewhere stays within a folder here."""
     return all(part not in ("", ".", "..") and "\\" not in part and "\0" not in part for part in name.split("/"))
 
 
@@ -203,7 +213,7 @@ def _cached(repo: str, revision: str | None, why: str) -> Snapshot:
     except UnicodeDecodeError:
         commit = ""
     root = folder / "snapshots" / commit
-    if commit and _is_safe(commit) and "/" not in commit and is_folder(root):
+    if commit and is_safe(commit) and "/" not in commit and is_folder(root):
         remote.forget(root)
         return Snapshot(repo, revision, commit, root)
     where = f"the local cache ({constants.HF_HUB_CACHE}) does not hold it"
@@ -236,6 +246,14 @@ def take(snapshot: Snapshot, folders: Sequence[str] = ("",), weights: Sequence[s
     files.fetch_small(lacking, _AT_ONCE)
     for name in there:
         files.register(name)
+
+
+def fetch(snapshot: Snapshot, folder: Path, names: Iterable[str]) -> None:
+    """Fetch small files of a folder of a model, whatever they are called. Raises: StorageError."""
+    start = folder.relative_to(snapshot.root).as_posix().removeprefix(".")
+    every = [f"{start}/{name}".strip("/") for name in names]
+    lacking = [n for n in every if n in (snapshot.sizes or {}) and not exists(snapshot.root / n)]
+    HubFiles(snapshot).fetch_small(lacking, _AT_ONCE)
 
 
 def is_small(name: str, nbytes: int | None) -> bool:

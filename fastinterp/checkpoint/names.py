@@ -112,6 +112,11 @@ def names_file(out: str) -> str:
     )
 
 
+def names_weights(name: str) -> bool:
+    """Whether this is the name of a file of weights, of whatever kind, or of an index of such."""
+    return name.endswith((WEIGHTS, *PICKLES, GGUF, *OTHER_WEIGHTS)) or ANY_INDEX.fullmatch(name) is not None
+
+
 def _nearly_weights(suffix: str) -> bool:
     """Whether this is `.safetensors`, or that misspelt: `.Safetensors`, `.safetensor`."""
     written = suffix.lower()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ from fastinterp.checkpoint.names import (
     WEIGHTS,
     listing,
     names_file,
+    names_weights,
     quote,
     shell_word,
 )
@@ -44,12 +45,17 @@ from fastinterp.checkpoint.unfinished import about_unfinished, read_steady
 from fastinterp.errors import CheckpointError, UnreadableError
 from fastinterp.messages import closest, listed
 from fastinterp.presence import exists, is_file, is_folder
+from fastinterp.urls import is_url, mistyped, public, scheme_of
 
 if TYPE_CHECKING:
     from fastinterp.checkpoint.gguf_keys import GgufHeader
     from fastinterp.checkpoint.hub_download import Snapshot
+    from fastinterp.checkpoint.url_model import Site
+
+    Take = Callable[..., None]  # of folders, and patterns of the names of weights in them
 
 _ELSEWHERE = (0, 0, 0)  # in place of times and inode, in the stamp of a file that is not on the disk
+_AT_ONCE = 16  # files elsewhere that are asked for at the same time
 _PIECES = "DCP_SHARDING_INFO"  # key of the metadata of files of torch.distributed.checkpoint
 
 
@@ -75,6 +81,7 @@ class Checkpoint:
     components: tuple[Component, ...] = ()  # if it consists of several: see components.py
     adapters: tuple[Checkpoint, ...] = ()  # that are added to it
     snapshot: Snapshot | None = None  # on the Hub, if it was named by an id
+    site: Site | None = None  # if it was named by an address
 
     @property
     def parts(self) -> tuple[Component, ...]:
@@ -105,11 +112,15 @@ class Component:
 
 
 def open_checkpoint(name: str) -> Checkpoint:
-    """Open the checkpoint `name`: a folder, a file of weights, an index file, or a Hub id (`org/name@revision`).
+    """Open the checkpoint `name`: a folder, a file of weights, an index file, a Hub id (`org/name@revision`), or the
+    address of one of these, `s3://bucket/model`.
 
-    A name is looked for on the disk first, and on the Hub only if nothing there has it.
+    Another name is looked for on the disk first, and on the Hub only if nothing there has it.
     Raises: CheckpointError, naming file and tensor, if it is missing, damaged, ambiguous or empty.
     """
+    name = public(name)
+    if is_url(name):
+        return _open_address(name)
     path = Path(os.path.expanduser(name))
     if name.strip() and is_folder(path):
         return read_steady(name, path, lambda: _open_folder(name, path), lambda found: not changed_since(found))
@@ -121,7 +132,8 @@ def open_checkpoint(name: str) -> Checkpoint:
     if parsed is None:
         if name.strip() and names_file(name) and (unfinished := about_unfinished(path.parent, path.name)):
             raise CheckpointError(f"there is no such file yet: {unfinished}", file=name)
-        raise CheckpointError(f"there is no such folder or file.{_similar(path)}", file=name or "''")
+        similar = mistyped(name) or _similar(path)
+        raise CheckpointError(f"there is no such folder or file.{similar}", file=name or "''")
     try:
         snapshot = hub.find(*parsed)
     except UnreadableError:
@@ -130,26 +142,83 @@ def open_checkpoint(name: str) -> Checkpoint:
         raise CheckpointError(
             f"there is no such folder here.{_similar(path)} As a Hub id: {error.message}", file=name
         ) from error
-    root = snapshot.root
-    hub.take(snapshot)
-    named = named_folders(root)
-    if folders := (*named, *_template_folders(root)):
-        hub.take(snapshot, folders)
-    if lacking := tuple(folder for folder in named or ("",) if _lacks_weights(root, folder)):
-        hub.take(snapshot, lacking, hub.PICKLED)
-    if not named and _lacks_weights(root, "") and not pickled_files(names_in(root)):
-        hub.take(snapshot, weights=hub.GGUFS)
+    return _open_snapshot(name, snapshot)
+
+
+def _open_snapshot(name: str, snapshot: Snapshot, below: str = "") -> Checkpoint:
+    """The model on the Hub, or in a folder or file of its repository."""
+    from fastinterp.checkpoint import hub
+
+    def take(folders: Sequence[str] = ("",), weights: Sequence[str] = hub.SAFETENSORS) -> None:
+        hub.take(snapshot, [f"{start}/{folder}".strip("/") for folder in folders], weights)
+
+    start, file = (below, "") if not names_weights(below) else (os.path.dirname(below), os.path.basename(below))
+    root = snapshot.root / start
     try:
-        checkpoint = _open_folder(name, root)
+        checkpoint = _open_taken(name, root, file, take)
     except CheckpointError as error:
         if snapshot.sizes is not None or isinstance(error, UnreadableError):
             raise
-        message = f"{error.message}. Nothing was fetched, since {hub.offline()}. {hub.download(*parsed)}"
+        rest = hub.download(snapshot.id, snapshot.revision)
+        message = f"{error.message}. Nothing was fetched, since {hub.offline()}. {rest}"
         raise CheckpointError(message, file=error.file, tensor=error.tensor) from error
     checkpoint.snapshot = snapshot
-    if files := [file.relative_to(root).as_posix() for file in checkpoint.files if not file.name.endswith(WEIGHTS)]:
+    if not file and (
+        files := [file.relative_to(root).as_posix() for file in checkpoint.files if not file.name.endswith(WEIGHTS)]
+    ):
         checkpoint.remarks += (f"{name}: the repository has no {WEIGHTS} files in their place: {listing(files)}",)
     return checkpoint
+
+
+def _open_address(name: str) -> Checkpoint:
+    """The model at an address, `s3://bucket/model`."""
+    from fastinterp.checkpoint import hub, url_model
+
+    if scheme_of(name) in ("file", "local"):
+        from urllib.parse import unquote
+
+        return open_checkpoint(unquote(name.partition("://")[2]) or "/")
+    if (on_hub := url_model.on_hub(name)) is not None:
+        repo, revision, below = on_hub
+        try:
+            snapshot = hub.find(repo, revision)
+        except CheckpointError as error:
+            raise CheckpointError(error.message, file=name) from error
+        return _open_snapshot(name, snapshot, below)
+    site = url_model.find(name)
+    try:
+        checkpoint = _open_taken(name, site.root, site.file, site.take)
+    except CheckpointError as error:
+        if not site.has_weights and (inside := site.inside()):
+            message = f"there are no files of weights, but {inside}. Name one of these"
+            raise CheckpointError(message, file=name) from None
+        here, file = str(site.root), error.file or name
+        raise CheckpointError(
+            error.message.replace(here, site.folder), file=file.replace(here, site.folder), tensor=error.tensor
+        ) from error
+    checkpoint.site = site
+    return checkpoint
+
+
+def _open_taken(name: str, root: Path, file: str, take: Take) -> Checkpoint:
+    """A model of which `take` brings small files into `root`, and registers the weights there."""
+    from fastinterp.checkpoint import hub
+
+    if file:
+        every = {GGUF: hub.GGUFS}.get(os.path.splitext(file)[1], (file,))
+        take(weights=every)
+        if ANY_INDEX.fullmatch(file):
+            take(weights=tuple(dict.fromkeys(os.path.basename(shard) for shard in read_index(root / file).values())))
+        return _open_file(name, root / file)
+    take()
+    named = named_folders(root)
+    if folders := (*named, *_template_folders(root)):
+        take(folders)
+    if lacking := tuple(folder for folder in named or ("",) if _lacks_weights(root, folder)):
+        take(lacking, hub.PICKLED)
+    if not named and _lacks_weights(root, "") and not pickled_files(names_in(root)):
+        take(weights=hub.GGUFS)
+    return _open_folder(name, root)
 
 
 def refuse_adapter(checkpoint: Checkpoint) -> None:
@@ -167,12 +236,25 @@ def refuse_adapter(checkpoint: Checkpoint) -> None:
 
 def changed_since(checkpoint: Checkpoint) -> list[Path]:
     """The files that were changed, replaced or removed since the checkpoint was opened."""
-    own = [p for p, stamp in zip(checkpoint.files, checkpoint.stamps, strict=True) if _changed(p, stamp)]
+    pairs = [*zip(checkpoint.files, checkpoint.stamps, strict=True)]
+    if any(remote.find(path) is not None for path in checkpoint.files):
+        from concurrent.futures import ThreadPoolExecutor  # stores are asked
+
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            own = [
+                path
+                for (path, _), differs in zip(pairs, pool.map(lambda pair: _changed(*pair), pairs), strict=True)
+                if differs
+            ]
+    else:
+        own = [path for path, stamp in pairs if _changed(path, stamp)]
     return [*own, *(path for adapter in checkpoint.adapters for path in changed_since(adapter))]
 
 
 def _changed(path: Path, before: Stamp) -> bool:
-    """Of a file that was elsewhere when it was opened, the size tells: it has the same address, and that a version."""
+    """Of a file that was elsewhere when it was opened, and is here now, the size tells: its path has the version."""
+    if (found := remote.find(path)) is not None and found.changed():
+        return True
     now = _stamp(path)
     return now[0] != before[0] if before[1:] == _ELSEWHERE else now != before
 

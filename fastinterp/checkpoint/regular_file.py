@@ -98,7 +98,7 @@ def read_at(fd: int, path: str | os.PathLike[str], offset: int, count: int) -> b
             at = f"reading {count - done} bytes at {offset + done}"
             raise StorageError(f"{os.fspath(path)}: {error.strerror}, {at}") from None
         if not part:
-            raise CheckpointError(
+            raise UnreadableError(
                 f"only {done} of {count} bytes are left at byte {offset}: it was truncated or replaced. Retry once "
                 "nothing is writing to it",
                 file=os.fspath(path),

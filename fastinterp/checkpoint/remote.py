@@ -25,14 +25,21 @@ _AT_ONCE = 16  # small pieces that are fetched at the same time
 class RemoteFile(Protocol):
     """A file that is elsewhere.
 
-    name  for messages
-    size  in bytes
+    name     for messages
+    size     in bytes
+    version  what tells it from what it becomes, as its store says it; empty: nothing, or that is in its path here
     """
 
     @property
     def name(self) -> str: ...
     @property
     def size(self) -> int: ...
+    @property
+    def version(self) -> str: ...
+    def changed(self) -> bool:
+        """Whether its store says that it is another file by now. Raises: as read_into."""
+        ...
+
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill `view` with the bytes from `offset` on. From several threads at once.
 
@@ -48,14 +55,14 @@ class Fetcher(Protocol):
 
 
 _files: dict[Path, RemoteFile] = {}
-_fetchers: dict[Path, Fetcher] = {}
+_fetchers: dict[Path, Fetcher | None] = {}
 _progress: Callable[[], AbstractContextManager[Callable[[int, int], None] | None]] = nullcontext
 _streaming: ContextVar[bool] = ContextVar("streaming", default=False)
 _headers_only: ContextVar[bool] = ContextVar("headers_only", default=False)
 
 
-def register(path: Path, file: RemoteFile, fetcher: Fetcher) -> None:
-    """Let `path`, which is not there, stand for a file elsewhere, until it is fetched."""
+def register(path: Path, file: RemoteFile, fetcher: Fetcher | None) -> None:
+    """Let `path`, which is not there, stand for a file elsewhere, until it is fetched. fetcher: None: it never is"""
     _files[path], _fetchers[path] = file, fetcher
 
 
@@ -81,15 +88,21 @@ def exists(path: Path) -> bool:
     return exists_here(path) or find(path) is not None
 
 
+def is_streamed(path: Path) -> bool:
+    """Whether a file is elsewhere, and is read from there when its data is: with `streaming`, or since it has no place
+    here.
+    """
+    return find(path) is not None and (_streaming.get() or _fetchers[path] is None)
+
+
 def fetch(paths: Iterable[Path]) -> None:
-    """Bring those of these files that are elsewhere onto the disk, where their paths say.
+    """Bring those of these files that are elsewhere, and have a place here, onto the disk, where their paths say.
 
     Raises: StorageError, if there is no room, or they cannot be had.
     """
     by_fetcher: dict[int, tuple[Fetcher, list[Path]]] = {}
     for path in dict.fromkeys(paths):
-        if find(path) is not None:
-            fetcher = _fetchers[path]
+        if find(path) is not None and (fetcher := _fetchers[path]) is not None:
             by_fetcher.setdefault(id(fetcher), (fetcher, []))[1].append(path)
     for fetcher, some in by_fetcher.values():
         fetcher.fetch(some)
@@ -131,11 +144,6 @@ def streaming(wanted: bool = True) -> Iterator[None]:
         yield
     finally:
         _streaming.reset(token)
-
-
-def is_streaming() -> bool:
-    """Whether `streaming` is in effect."""
-    return _streaming.get()
 
 
 def only_headers() -> bool:

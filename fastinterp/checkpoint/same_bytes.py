@@ -30,8 +30,7 @@ def same_bytes(a: Place, b: Place) -> bool:
             return False
         if remote.only_headers():
             return True
-        if not remote.is_streaming():
-            remote.fetch([a[0], b[0]])  # they are read anyway
+        remote.fetch(path for path in (a[0], b[0]) if not remote.is_streamed(path))  # they are read anyway
     with ExitStack() as stack:
         files = [stack.enter_context(opened(str(place[0]))) for place in (a, b)]
         for done in range(0, a[2], _PIECE):

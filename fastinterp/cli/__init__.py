@@ -17,7 +17,8 @@ import click
 
 from fastinterp._version import __version__
 from fastinterp.cli.faults import OUTCOME
-from fastinterp.errors import NO_MEMORY, CheckpointError, FastinterpError, StorageError
+from fastinterp.errors import NO_MEMORY, CheckpointError, FastinterpError, StorageError, UsageError
+from fastinterp.urls import public
 
 # The commands in the order of --help, with their modules.
 _MODULES = {
@@ -26,6 +27,7 @@ _MODULES = {
     "average": "fastinterp.cli.average",
     "sweep": "fastinterp.cli.sweep",
     "extract-lora": "fastinterp.cli.lora",
+    "upload": "fastinterp.cli.upload",
     "verify": "fastinterp.cli.verify",
     "replay": "fastinterp.cli.verify",
     "check": "fastinterp.cli.inspect",
@@ -162,6 +164,10 @@ class _Commands(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.meta[_JSON] = _wants_json(args)
+        try:
+            args = [public(arg) for arg in args]  # logins in addresses are in no message
+        except UsageError as error:
+            raise click.UsageError(str(error), ctx=ctx) from None
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:

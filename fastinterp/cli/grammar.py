@@ -79,7 +79,10 @@ def refuse_checkpoints(command: str, recipe: str, others: Sequence[str] = ()) ->
 def _is_checkpoint(name: str) -> bool:
     """Whether this names a folder, a file of weights, or one of them with adapters."""
     from fastinterp.checkpoint.names import GGUF, PICKLES, WEIGHTS
+    from fastinterp.urls import is_url
 
+    if is_url(name):
+        return not name.partition("?")[0].endswith((".yml", ".yaml", ".json")) or name.endswith("index.json")
     path = os.path.expanduser(name.partition("+")[0] if not exists(name) else name)
     return "\n" not in name and (is_folder(path) or path.endswith((WEIGHTS, GGUF, *PICKLES)))
 

@@ -52,7 +52,7 @@ class Choice:
 
 def choose(plans: Sequence[Plan], threads: int, max_memory: int) -> Choice:
     """Choose between the CPU and the first accelerator."""
-    from fastinterp.execute.device.executor import SLOT_BYTES, SLOTS
+    from fastinterp.execute.device.executor import SLOT_BYTES, slots_of
 
     tensors = [s for plan in plans for t in plan.tensors for s in t.stages]
     read = sum(t.bytes_read for t in tensors)
@@ -68,7 +68,7 @@ def choose(plans: Sequence[Plan], threads: int, max_memory: int) -> Choice:
     kernels = sum(_kernel_s(t, on_device=True) for t in tensors) / threads
     rest = sum(_kernel_s(t, on_device=False) for t in tensors) / threads
     backend = "cuda" if built("fastinterp._cuda") else "triton"
-    start = CONTEXT_S + min(max_memory // 2, SLOTS * SLOT_BYTES, read + written) / PIN_GB_S / 1e9
+    start = CONTEXT_S + min(max_memory // 2, slots_of(threads) * SLOT_BYTES, read + written) / PIN_GB_S / 1e9
     if backend == "triton":
         start += COMPILE_S + (0.0 if "torch" in sys.modules else TORCH_S)
     bus = max(read, written) / BUS_GB_S / 1e9

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
+from msgspec import structs
+
 from fastinterp.backends.cpu import xxh3
+from fastinterp.checkpoint import remote
 from fastinterp.checkpoint.checksum import stated_checksum
 from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.checkpoint.remote import open_readable, read_up_to
@@ -44,7 +47,7 @@ def files_of(checkpoint: Checkpoint) -> tuple[InputFile, ...]:
         _file(path, os.path.relpath(path, checkpoint.root), starts.get(i, 0)) for i, path in enumerate(checkpoint.files)
     ]
     if len(own) == 1 and (stated := stated_checksum(checkpoint.metadata)) is not None:
-        own = [InputFile(own[0].name, own[0].size, own[0].header_xxh3, own[0].sample_xxh3, hexadecimal(stated))]
+        own = [structs.replace(own[0], checksum=hexadecimal(stated))]
     return (*own, *(file for adapter in checkpoint.adapters for file in files_of(adapter)))
 
 
@@ -55,7 +58,9 @@ def _file(path: Path, name: str, start: int) -> InputFile:
         header = read_up_to(file, path, 0, min(start, _MOST_HEADER))
         file.expect([(at, SAMPLE_BYTES) for at in _places(start, size)])
         sample = b"".join(read_up_to(file, path, at, SAMPLE_BYTES) for at in _places(start, size))
-    return InputFile(name, size, hexadecimal(xxh3(header)), hexadecimal(xxh3(sample)))
+    found = remote.find(path)
+    version = "" if found is None else found.version
+    return InputFile(name, size, hexadecimal(xxh3(header)), hexadecimal(xxh3(sample)), version=version)
 
 
 def _places(start: int, size: int) -> Sequence[int]:

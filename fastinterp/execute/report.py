@@ -14,7 +14,7 @@ from fastinterp.messages import counted, plain, seconds, size
 
 if TYPE_CHECKING:
     from fastinterp.execute.jobs.densities import Density
-    from fastinterp.execute.jobs.job import Coefficients, Job
+    from fastinterp.execute.jobs.job import Coefficients, Job, Stats
     from fastinterp.execute.rounds import DeviceUsage
     from fastinterp.execute.run import Done
     from fastinterp.output.folder import OutFolder
@@ -29,8 +29,15 @@ _NOTICED = 0.05  # a strength that differs from 1 by more than this is a warning
 class RoundingEffect:
     """How rounding to the output dtype altered the change of one tensor, or of several together.
 
-    The counts of NaN and Inf are exact. The rest is measured on sampled chunks: `sampled` of `numel` elements. Changes
-    are relative to the pivot p: the base, else the first model that is read. D is the intended change: before rounding.
+    numel    number of elements
+    sampled  number of those on which what follows was measured, in chunks
+    changed  sampled elements whose stored value differs from the stored one of p
+    sum_pp   <p, p>, where p is the base, else the first model that is read
+    sum_dd   <D, D>, where D is the intended change from p: before rounding
+    sum_od   <out - p, D>
+    nan_in, inf_in, nan_out, inf_out   numbers of NaN and Inf in the inputs and in the output, of all elements
+
+    Sums are float64.
     """
 
     numel: int
@@ -51,41 +58,34 @@ class RoundingEffect:
 
     @property
     def changed_fraction(self) -> float | None:
+        """The part of the sampled elements whose stored value differs from that of p, 0 to 1; or None."""
         return self.changed / self.sampled if self.sampled else None
 
     @property
     def relative_change(self) -> float | None:
-        """|D| / |p|."""
+        """|D| / |p|, or None if p is 0."""
         return math.sqrt(self.sum_dd / self.sum_pp) if self.finite and self.sum_pp > 0 else None
 
     @staticmethod
-    def of(numel: int, stats: Mapping[str, float]) -> RoundingEffect:
-        """From the statistics of one tensor, as the kernels return them."""
+    def of(numel: int, s: Stats) -> RoundingEffect:
+        """From the statistics of one tensor."""
         return RoundingEffect(
-            numel,
-            int(stats["sampled"]),
-            int(stats["changed"]),
-            stats["sum_pp"],
-            stats["sum_dd"],
-            stats["sum_od"],
-            int(stats["nan_in"]),
-            int(stats["inf_in"]),
-            int(stats["nan_out"]),
-            int(stats["inf_out"]),
+            numel, s.sampled, s.changed, s.sum_pp, s.sum_dd, s.sum_od, s.nan_in, s.inf_in, s.nan_out, s.inf_out
         )
 
     @staticmethod
     def total(effects: Iterable[RoundingEffect]) -> RoundingEffect:
         """The effects on several tensors, added up: of one with NaN or Inf in its samples, the counts of them alone."""
         every = [e if e.finite else replace(e, sampled=0, changed=0, sum_pp=0, sum_dd=0, sum_od=0) for e in effects]
-        columns = zip(*map(attrgetter(*RoundingEffect.__slots__), every), strict=True)
-        return RoundingEffect(*map(sum, columns)) if every else RoundingEffect(*[0] * len(RoundingEffect.__slots__))
+        return RoundingEffect(*(sum(map(attrgetter(name), every)) for name in RoundingEffect.__slots__))
 
     @property
     def finite(self) -> bool:
+        """Whether the sums are: False, if there is NaN or Inf in a sample."""
         return math.isfinite(self.sum_pp) and math.isfinite(self.sum_dd) and math.isfinite(self.sum_od)
 
     def as_dict(self) -> dict[str, Any]:
+        """Plain values: the fields, and what is computed of them."""
         return {
             **asdict(self),
             "strength": self.strength,
@@ -114,9 +114,29 @@ class OutputRecord:
 
 @dataclass(frozen=True)
 class Report:
-    """The report of one output of a merge.
+    """The report of one output of a merge. print() shows the summary, a notebook a table.
 
-    bytes_read, bytes_written and wall_s are those of the whole run, which may have several outputs.
+    output         its folder or file
+    files          names of the files with weights
+    tensors        name -> `RoundingEffect` of each tensor that was computed, not copied
+    copied         names of the tensors whose bytes were copied
+    bytes_read, bytes_written   of the whole run, which may have several outputs
+    outputs        number of outputs of the run
+    wall_s         time of the run, seconds
+    device         what computed: `cpu avx2`
+    threads        of the CPU
+    inputs         number of models that the tensors come from
+    densities      of methods that drop elements: model -> tensor -> how many were to be kept, and were
+    merged         number of elements of all tensors that were computed
+    on_cpu         with an accelerator: reason -> number of tensors that the CPU computed
+    chosen         why `device="auto"` took this one; empty, if there was no choice
+    removed        files of the checkpoint that the output replaced
+    warnings       what may be wrong with the output: precision, NaN and Inf, files beside the weights
+    remarks        what was decided without being asked: names that were aligned, tensors that were left out
+    quantised      model whose codes were decoded -> how large its difference is, in steps of the quantisation
+    left_out       reason -> files beside the weights that were not copied
+    asked          numbers of the recipe that the change is proportional to, as {"alpha": 0.25}
+    resumed        the part of the outputs that an earlier run had finished, 0 to 1; None: it was not resumed
     """
 
     output: str
@@ -178,7 +198,7 @@ class Report:
 
     @cached_property
     def effect(self) -> RoundingEffect:
-        """Of all tensors together."""
+        """The effect of rounding on all tensors together; `report.effect.strength` is 1.0 where nothing was lost."""
         return RoundingEffect.total(self.tensors.values())
 
     @property
@@ -311,22 +331,21 @@ def warnings_of(
     return tuple(warnings)
 
 
-def report_of(plan: Plan, done: Done, wall_s: float, k: int, folder: OutFolder | None = None) -> Report:
-    """The report of output k. folder: where it was written, or None if it is in memory."""
-    return report_on(plan, done, wall_s, k, record_of(plan, done.jobs, k), folder)
-
-
-def coefficients_of(plan: Plan, jobs: Mapping[str, Job], k: int) -> dict[str, Coefficients]:
-    """The sums of output k that came from the data, by tensor."""
-    found = ((t.name, jobs[t.name].coefficients(k)) for t in plan.tensors if t.name in jobs)
-    return {name: sums for name, sums in found if sums is not None}
+def records_of(plan: Plan, jobs: Mapping[str, Job]) -> list[OutputRecord]:
+    """What the jobs recorded about each output."""
+    return [record_of(plan, jobs, k) for k in range(len(plan.recipes))]
 
 
 def record_of(plan: Plan, jobs: Mapping[str, Job], k: int) -> OutputRecord:
     """What the jobs recorded about output k."""
-    record = OutputRecord(coefficients=coefficients_of(plan, jobs, k))
-    for tensor in (t for t in plan.tensors if t.name in jobs):
-        job = jobs[tensor.name]
+    record = OutputRecord()
+    for tensor in plan.tensors:
+        job = jobs.get(tensor.name)
+        if job is None:
+            continue
+        sums = job.coefficients(k)
+        if sums is not None:
+            record.coefficients[tensor.name] = sums
         if tensor.merged:
             record.models |= tensor.origins(job.reads(k))
         for i, density in job.densities(k).items():

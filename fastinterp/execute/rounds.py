@@ -8,7 +8,7 @@ comes from the page cache. Where no method makes requests, all tensors are one r
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as changed
 from typing import TYPE_CHECKING, Any, Protocol
@@ -101,6 +101,8 @@ class PumpExecutor:
         most: int = 512_000_000,
     ):
         self.most = most
+        # Groups of steps, each while the files are open that it reads: see Sources.turns.
+        self.turns: Callable[[Sequence[TensorStep]], Iterable[Sequence[TensorStep]]] = lambda steps: [steps]
         self._sources, self._sinks, self._options, self._explained = sources, sinks, options, explained
         self._total, self._reported, self._progress = total, 0, progress
         self.bytes_read = self.bytes_written = self.rounds = self.scratch_bytes = 0
@@ -114,10 +116,14 @@ class PumpExecutor:
         return min(HELD_BYTES, self.most // 4)
 
     def run(self, steps: Sequence[TensorStep]) -> list[Result]:
-        """Run steps in one pump. Ends all threads before it returns or raises, KeyboardInterrupt included.
+        """Run steps. Ends all threads before it returns or raises, KeyboardInterrupt included.
 
         Raises: UsageError, if even one thread needs more memory than is allowed.
         """
+        return [result for some in self.turns(steps) for result in self._run(some)]
+
+    def _run(self, steps: Sequence[TensorStep]) -> list[Result]:
+        """The same, in one pump."""
         pump = self._pump(steps)
         before = self.bytes_read + self.bytes_written
         watch(pump, sum(step.nbytes for step in steps), self._progress_from(before))
@@ -205,12 +211,12 @@ class Rounds:
         self._jobs, self._executor, self._others, self.most = jobs, executor, others, most
         self._waiting = deque(jobs)
         self._running: deque[Job] = deque()
-        self._taken: dict[int, int] = {}  # id of a job -> rounds that it took part in
+        self._taken: dict[Job, int] = {}  # rounds that a job took part in, while it is not done
 
     @property
     def begun(self) -> list[tuple[Job, int]]:
         """The jobs of which a later round needs results of earlier ones, each with the number of these rounds."""
-        return [(job, self._taken[id(job)]) for job in self._running if self._taken.get(id(job))]
+        return [(job, self._taken[job]) for job in self._running if self._taken.get(job)]
 
     def catch_up(self, begun: Sequence[tuple[Job, int]]) -> None:
         """Run the rounds again whose results an earlier run had when it ended: those before the answers that are known,
@@ -220,14 +226,14 @@ class Rounds:
             while self._waiting or self._running:
                 self._next()
             self._next()  # the answers
-        left = {id(job): count - self._taken.get(id(job), 0) for job, count in begun}
-        self._waiting = deque(job for job in self._waiting if id(job) not in left)
-        behind = deque(job for job, _ in begun if left[id(job)])
+        left = {job: count - self._taken.get(job, 0) for job, count in begun}
+        self._waiting = deque(job for job in self._waiting if job not in left)
+        behind = deque(job for job, _ in begun if left[job])
         while behind:
             taken = self._round(behind)
             for job in taken:
-                left[id(job)] -= 1
-            behind.extend(job for job in taken if left[id(job)])
+                left[job] -= 1
+            behind.extend(job for job in taken if left[job])
         self._running.extend(job for job, _ in begun)
 
     def finished(self) -> Iterator[list[Job]]:
@@ -252,7 +258,9 @@ class Rounds:
     def _round(self, running: deque[Job]) -> list[Job]:
         taken = _round(running, self._executor)
         for job in taken:
-            self._taken[id(job)] = self._taken.get(id(job), 0) + 1
+            count = self._taken.pop(job, 0)
+            if not job.done:
+                self._taken[job] = count + 1
         return taken
 
     def _answer_whole(self, waiting: Sequence[Job]) -> None:

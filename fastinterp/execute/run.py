@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from fastinterp.backends.cpu import Progress, PumpOptions
 from fastinterp.backends.registry import cpu_isa, cpu_threads
-from fastinterp.checkpoint import remote
 from fastinterp.checkpoint.checksum import KEY
 from fastinterp.errors import OutputError, StorageError, UsageError
 from fastinterp.execute.jobs.job import Job
 from fastinterp.execute.jobs.tensor_io import TensorIO, TensorStep
 from fastinterp.execute.rounds import DeviceUsage, PumpExecutor, run_jobs
 from fastinterp.execute.sinks import Sinks
-from fastinterp.execute.sources import Sources, remedy
+from fastinterp.execute.sources import STREAM_BYTES, Sources, remedy
 from fastinterp.execute.streams import blocks_ahead
 from fastinterp.messages import counted
 from fastinterp.ops.combine import philox_key
@@ -28,7 +27,7 @@ from fastinterp.ops.operands import Operand
 from fastinterp.plan.inputs import TensorInput
 from fastinterp.plan.plan import Plan
 from fastinterp.plan.planned import PlannedTensor
-from fastinterp.plan.tensors import must_agree
+from fastinterp.plan.tensors import must_agree, shared
 
 if TYPE_CHECKING:
     from fastinterp.backends.device import Device
@@ -82,8 +81,8 @@ def make_window(plan: Plan, threads: int, max_memory: int) -> Window:
 
     Raises: UsageError, if even the smallest does not fit.
     """
-    inputs, outputs = max(len(s.inputs) for t in plan.tensors for s in t.stages), len(plan.recipes)
-    asks = any(s.program is not None for t in plan.tensors for s in t.stages)
+    inputs, outputs = max(len(s.inputs) for s in plan.stages), len(plan.recipes)
+    asks = any(s.program is not None for s in plan.stages)
     encodes = any(t.encoding is not None for t in plan.tensors)
     read, write = _pages(max(16 << 10, min(64 << 10, (512 << 10) // inputs))), 128 << 10
     while True:
@@ -101,7 +100,7 @@ def make_window(plan: Plan, threads: int, max_memory: int) -> Window:
 
 def fitting_outputs(plan: Plan, threads: int, max_memory: int) -> int:
     """The number of outputs of a plan that can be computed from one read within `max_memory`; at least 1."""
-    inputs = max(len(s.inputs) for t in plan.tensors for s in t.stages)
+    inputs = max(len(s.inputs) for s in plan.stages)
     encodes = any(t.encoding is not None for t in plan.tensors)
     both = (Window(threads, 4096, 4096, i, k, max_memory, False, encodes) for i, k in ((inputs, 0), (0, 1)))
     fixed, each = (window.plain_bytes for window in both)
@@ -145,11 +144,16 @@ class Run:
         isa: str,
         threads: int,
         executor: PumpExecutor,
-        jobs: Mapping[str, Job],
-        wanted: Container[str],
+        scratch: ScratchFile | None,
     ):
-        self.jobs = {name: job for name, job in jobs.items() if name in wanted}
-        self.others = [job for name, job in jobs.items() if name not in wanted]
+        self.jobs: dict[str, Job] = {}
+        self.others: list[Job] = []
+        for tensor in sorted(plan.tensors, key=partial(_first_place, sinks)):
+            job = _job(plan, tensor, sources, sinks, scratch)
+            if _sinks_of(sinks, tensor)[0]:
+                self.jobs[tensor.name] = job
+            else:
+                self.others.append(job)
         self.executor = executor
         self._plan, self._sources, self._sinks, self._isa, self._threads = plan, sources, sinks, isa, threads
 
@@ -181,10 +185,12 @@ def opened(
     max_memory: int,
     progress: Progress | None,
     devices: Sequence[Device] = (),
+    or_cpu: bool = False,
 ) -> Iterator[Run]:
     """Open a plan to run into `sinks`, on `devices` as far as these support its steps. A context manager: closes the
     files at the end.
 
+    or_cpu  the CPU does what the devices leave when all of them failed; else that is an error
     Raises: UsageError, if the scratch does not fit `max_memory`; StorageError and OutputError, if a file cannot be
     opened.
     """
@@ -195,16 +201,20 @@ def opened(
             from fastinterp.execute.torn import refuse_torn
 
             refuse_torn(model.checkpoint)
-    stream_bytes = max_memory // 2 if remote.is_streaming() and plan.elsewhere else 0
-    most = max_memory - _device_bytes(devices, max_memory) - stream_bytes
-    window = make_window(plan, cpu_threads(threads), most)
+    if plan.streamed and devices:
+        what = f"{plan.streamed[0]} is read from where it is, into the CPU's memory"
+        raise UsageError(f"{what}, and that cannot go with an accelerator. Use --device cpu, or download it first")
+    stream_bytes = _stream_bytes(plan, max_memory)
+    window = window_beside(plan, devices, threads, max_memory)
     with ExitStack() as stack:
-        every = [s for t in plan.tensors for s in t.stages]
-        inputs = (tensor for s in every for tensor in s.inputs)
-        sources = Sources(plan.checkpoints, inputs, stack, sinks.files, sinks.scratch, stream_bytes)
+        inputs = (tensor for stage in plan.stages for tensor in stage.inputs)
+        sources = Sources(
+            plan.checkpoints, inputs, stack, sinks.files, sinks.scratch, stream_bytes or STREAM_BYTES,
+            in_turns=not devices,
+        )  # fmt: skip
         sinks.open(stack, isa)
         recipe = plan.recipes[0]
-        scratch = _scratch(plan, sources, sinks, stack, sinks.scratch) if len(every) > len(plan.tensors) else None
+        scratch = _scratch(plan, sources, sinks, stack, sinks.scratch) if plan.stages is not plan.tensors else None
         options = PumpOptions(
             isa=isa,
             threads=window.threads,
@@ -216,21 +226,19 @@ def opened(
             **({"ahead": blocks_ahead(window.inputs, stream_bytes)} if stream_bytes else {}),
             stats_every=STATS_EVERY,
         )
-        # In the order of the outputs, which the pump writes in contiguous runs.
-        order = sorted(plan.tensors, key=lambda t: [tuple(at[:1]) for at in _sinks_of(sinks, t)])
-        jobs = {t.name: _job(plan, t, sources, sinks, scratch) for t in order}
-        wanted = {t.name for t in order if t.entries[0][0] in sinks.of}
-        explained = partial(_explained, {t.name: t for t in plan.tensors}, plan, sources, sinks)
+        explained = partial(_explained, plan, sources, sinks)
         total = plan.bytes_read + plan.bytes_made + plan.bytes_written
         most = max_memory - stream_bytes
         where = sources.handles, sinks.handles, options, explained, total, sinks.watched(progress), most
         if devices:
             from fastinterp.execute.device.executor import DeviceExecutor
 
-            executor: PumpExecutor = stack.enter_context(closing(DeviceExecutor(devices, *where)))
+            executor: PumpExecutor = stack.enter_context(closing(DeviceExecutor(devices, *where, or_cpu=or_cpu)))
         else:
             executor = PumpExecutor(*where)
-        yield Run(plan, sources, sinks, isa, window.threads, executor, jobs, wanted)
+            if sources.in_turns:
+                executor.turns = sources.turns
+        yield Run(plan, sources, sinks, isa, window.threads, executor, scratch)
 
 
 def run(
@@ -241,6 +249,7 @@ def run(
     max_memory: int,
     progress: Progress | None,
     devices: Sequence[Device] = (),
+    or_cpu: bool = False,
     notes: Notes | None = None,
 ) -> Done:
     """Run a plan. notes: goes on from what is finished, and notes what becomes so
@@ -250,7 +259,9 @@ def run(
     agree differ; StorageError and OutputError, if the operating system cannot read or write; BackendError, if no device
     is left.
     """
-    with opened(plan, sinks, threads=threads, max_memory=max_memory, progress=progress, devices=devices) as running:
+    with opened(
+        plan, sinks, threads=threads, max_memory=max_memory, progress=progress, devices=devices, or_cpu=or_cpu
+    ) as running:
         if notes is None:
             run_jobs([*running.jobs.values()], running.executor, running.others)
             return running.done()
@@ -258,13 +269,28 @@ def run(
         return replace(running.done(), usage=usage)
 
 
-def _device_bytes(devices: Sequence[Device], max_memory: int) -> int:
+def window_beside(plan: Plan, devices: Sequence[Device], threads: int | None, max_memory: int) -> Window:
+    """The window of a plan that runs on `devices`, beside the buffers of these and of what is streamed.
+
+    Raises: UsageError, if `max_memory` is too little for all of that.
+    """
+    count = cpu_threads(threads)
+    most = max_memory - _device_bytes(devices, max_memory, count) - _stream_bytes(plan, max_memory)
+    return make_window(plan, count, most)
+
+
+def _stream_bytes(plan: Plan, max_memory: int) -> int:
+    """Bytes of `max_memory` for what is read of files elsewhere."""
+    return max_memory // 2 if plan.streamed else 0
+
+
+def _device_bytes(devices: Sequence[Device], max_memory: int, threads: int) -> int:
     """Bytes of `max_memory` for the buffers of the devices."""
     if not devices:
         return 0
     from fastinterp.execute.device.executor import device_window
 
-    return device_window(max_memory, len(devices))
+    return device_window(max_memory, len(devices), threads)
 
 
 def _scratch(plan: Plan, sources: Sources, sinks: Sinks, stack: ExitStack, folder: Path | None) -> ScratchFile:
@@ -298,7 +324,18 @@ def _job(plan: Plan, tensor: PlannedTensor, sources: Sources, sinks: Sinks, scra
 
 def _sinks_of(sinks: Sinks, tensor: PlannedTensor) -> tuple[Sequence[int], Sequence[int]]:
     """The sinks and offsets of a tensor, or of its codes; empty, if it is not wanted."""
-    return sinks.of.get(tensor.entries[0][0], ((), ()))
+    return sinks.of.get(_stored_name(tensor), ((), ()))
+
+
+def _stored_name(tensor: PlannedTensor) -> str:
+    """Its name in the files: that of its codes, if it has any."""
+    return tensor.name if tensor.encoding is None else tensor.entries[0][0]
+
+
+def _first_place(sinks: Sinks, tensor: PlannedTensor) -> tuple[int, int]:
+    """Where the first output of a tensor goes: the outputs' order, in which the pump writes in contiguous runs."""
+    numbers, offsets = _sinks_of(sinks, tensor)
+    return (numbers[0], offsets[0]) if numbers else (-1, 0)
 
 
 def _encoded(tensor: PlannedTensor, sinks: Sinks, job: Job) -> Job:
@@ -324,11 +361,11 @@ def _job_at(
     io = TensorIO(
         name=tensor.name,
         shape=(*tensor.shape, 2) if tensor.merged and tensor.dtype.is_complex else tensor.shape,
-        operands=tuple(operand(entry) for entry in tensor.inputs),
-        nbytes=tuple(e.nbytes for e in tensor.inputs),
+        operands=tuple([operand(entry) for entry in tensor.inputs]),
+        nbytes=shared(tuple([e.nbytes for e in tensor.inputs])),
         out_dtype=tensor.dtype.kernel_code,
         out_bytes=tensor.nbytes if tensor.merged else tensor.inputs[0].nbytes,
-        sinks=tuple(numbers),
+        sinks=shared(tuple(numbers)),
         offsets=tuple(offsets),
         keys=tuple(philox_key(seed, _STORE, tensor.name) for seed in tensor.seeds) if stochastic else (),
     )
@@ -340,7 +377,6 @@ def _job_at(
 
 
 def _explained(
-    tensors: Mapping[str, PlannedTensor],
     plan: Plan,
     sources: Sources,
     sinks: Sinks,
@@ -352,7 +388,7 @@ def _explained(
     if kind == "differs":
         from fastinterp.execute.chunks import differing_unmerged
 
-        tensor = tensors[steps[rest[0]].name]
+        tensor = next(t for t in plan.tensors if t.name == steps[rest[0]].name)
         found = tensor, tensor.checkpoints[0], tensor.checkpoints[rest[1]]
         with suppress(StorageError):  # the others, for one message about all
             differing, _ = differing_unmerged(plan)

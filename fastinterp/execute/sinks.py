@@ -7,7 +7,7 @@ the checksum of the data. So a file that was not finished has no header, or is s
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -16,7 +16,7 @@ from fastinterp.backends.cpu import FileChecksum, Progress, SinkHandle, reserve,
 from fastinterp.checkpoint.regular_file import close, write_all
 from fastinterp.errors import OutputError
 from fastinterp.execute.sources import storage
-from fastinterp.output.layout import OutFile
+from fastinterp.output.layout import Layout, OutFile
 from fastinterp.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class Sinks(Protocol):
     """The sinks of a run.
 
     handles  the sinks in the form that the pump takes
-    of       tensor -> (sinks, byte offsets in them), one of each per output
+    of       tensor -> (sinks, byte offsets in them), one of each per output; those that are written alone
     paths    paths of the sinks that are files, for messages
     files    number of files that are open at the same time
     scratch  a folder for temporary files; None: the system's
@@ -35,11 +35,13 @@ class Sinks(Protocol):
     """
 
     handles: list[SinkHandle]
-    of: dict[str, tuple[list[int], list[int]]]
     paths: list[Path]
     files: int
     scratch: Path | None
     checksums: dict[int, FileChecksum]
+
+    @property
+    def of(self) -> Mapping[str, tuple[Sequence[int], Sequence[int]]]: ...
 
     def open(self, stack: ExitStack, isa: str) -> None: ...
 
@@ -60,7 +62,7 @@ class FileSinks:
 
     def __init__(self, plan: Plan, outputs: Sequence[Sequence[Path | None]], synced: bool = False):
         self.handles: list[SinkHandle] = []
-        self.of: dict[str, tuple[list[int], list[int]]] = {}
+        self.of = _Places(plan.layouts)
         self.paths: list[Path] = []
         paths = [path for files in outputs for path in files if path is not None]
         self.files = len(paths)
@@ -73,7 +75,7 @@ class FileSinks:
         """Raises: OutputError, if a file cannot be opened, or the disk is full."""
         number = -1
         for k, (layout, paths) in enumerate(zip(self._plan.layouts, self._outputs, strict=True)):
-            for file, path in zip(layout.files, paths, strict=True):
+            for at, (file, path) in enumerate(zip(layout.files, paths, strict=True)):
                 number += 1
                 if path is None:
                     continue
@@ -84,10 +86,7 @@ class FileSinks:
                     if os.fstat(fd).st_size:  # an earlier run's: its header must not stand before other data
                         write_all(fd, bytes(len(file.header)), 0)
                     reserve(fd, file.size)
-                for name, offset in file.places.items():
-                    sinks, offsets = self.of.setdefault(name, ([], []))
-                    sinks.append(len(self.handles))
-                    offsets.append(offset)
+                self.of.add(k, at, len(self.handles))
                 checksum = FileChecksum(fd, len(file.header), file.size, isa)
                 self.handles.append(checksum)
                 self.checksums[number] = checksum
@@ -122,6 +121,35 @@ class FileSinks:
                 header, finished[k][file.name] = finished_file(file, regions)
                 write_all(checksum.fd, header, 0)
         return finished
+
+
+class _Places(Mapping[str, tuple[Sequence[int], Sequence[int]]]):
+    """Tensor -> (sinks, byte offsets in them), one of each per output that has a sink for its file. Looked up in the
+    layouts, which all have the same tensors in the same files: models with many tensors make no large table.
+    """
+
+    def __init__(self, layouts: Sequence[Layout]):
+        self._layouts = layouts
+        self._open: list[tuple[list[int], list[Mapping[str, int]]]] = [([], []) for _ in layouts[0].files]
+
+    def add(self, output: int, file: int, sink: int) -> None:
+        """The sink of a file of an output."""
+        sinks, places = self._open[file]
+        sinks.append(sink)
+        places.append(self._layouts[output].files[file].places)
+
+    def __getitem__(self, name: str) -> tuple[Sequence[int], Sequence[int]]:
+        sinks, places = self._open[self._layouts[0].place(name)[0]]
+        if not sinks:
+            raise KeyError(name)
+        return sinks, [of[name] for of in places]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for file, (sinks, _) in zip(self._layouts[0].files, self._open, strict=True) if sinks
+                for name in file.places)  # fmt: skip
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 class MemorySinks:

@@ -13,7 +13,7 @@ from fastinterp.backends.cpu import SourceHandle, cached_fraction
 from fastinterp.checkpoint import remote
 from fastinterp.checkpoint.open import changed_since
 from fastinterp.checkpoint.regular_file import close, write_all
-from fastinterp.checkpoint.remote import opened
+from fastinterp.checkpoint.remote import RemoteFile, opened
 from fastinterp.errors import NO_MEMORY, CheckpointError, FastinterpError, StorageError
 from fastinterp.execute.scales import refuse_scales
 from fastinterp.messages import counted, listed, size, tell
@@ -24,8 +24,10 @@ from fastinterp.plan.low_rank import FactorInput, LowRankInput, ProductInput, Ro
 from fastinterp.plan.models import Model
 
 if TYPE_CHECKING:
+    from fastinterp.execute.jobs.tensor_io import TensorStep
     from fastinterp.execute.streams import Streams
 
+STREAM_BYTES = 64 << 20  # for what is read of files elsewhere, where nobody says how much
 _SPARE_FDS = 64  # for everything that is neither input nor output
 
 
@@ -36,7 +38,8 @@ class Sources:
     inputs   every tensor that will be read
     outputs  number of files that will be open for writing at the same time
     scratch  folder for computed rows of gathered embeddings and converted tensors; None: that for temporary files
-    stream_bytes  memory for what is read of files elsewhere, while the run reads it; 0: those are fetched first
+    stream_bytes  memory for what is read of files elsewhere, while the run reads it
+    in_turns  where the system does not allow so many open files, none is open yet: `turns` opens them
     Raises: StorageError, if a file cannot be opened.
     """
 
@@ -47,19 +50,25 @@ class Sources:
         stack: ExitStack,
         outputs: int = 0,
         scratch: Path | None = None,
-        stream_bytes: int = 0,
+        stream_bytes: int = STREAM_BYTES,
+        in_turns: bool = False,
     ):
-        every: dict[Hashable, TensorInput] = {}
+        every: dict[Hashable, TensorInput] = {}  # but for plain ones, of which a model may have very many
         needed: dict[Path, None] = {}
         for tensor in inputs:
-            if (files := tensor.files) and (key := tensor.key) not in every:
+            if (plain := tensor.plain) is not None and not remote.is_streamed(plain.path):
+                needed[plain.path] = None
+            elif (files := tensor.files) and (key := tensor.key) not in every:
                 every[key] = tensor
                 needed.update(dict.fromkeys(files))
-        elsewhere = [path for path in needed if remote.find(path)] if stream_bytes else []
+        elsewhere = [path for path in needed if remote.is_streamed(path)]
         self._streamed = {path: i for i, path in enumerate(elsewhere)}
         remote.fetch(path for path in needed if path not in self._streamed)
         moved = sum(tensor.moves_rows for tensor in every.values())
-        _allow_files(len(needed) - len(elsewhere) + moved + 1 + outputs)
+        local = len(needed) - len(elsewhere)
+        self._room = _allow_files(local + moved + 1 + outputs) - moved - 1 - outputs  # for input files
+        self.in_turns = in_turns and self._room < local
+        self._closed: set[int] = set()  # files that are open in turns alone
         self.paths: list[Path] = []
         self.handles: list[SourceHandle] = []
         self._checkpoints = [model.checkpoint for model in models if model.checkpoint is not None]
@@ -71,13 +80,22 @@ class Sources:
             if self._streams is not None and path in self._streamed:
                 self._number[path] = self.add(self._streams.source(self._streamed[path]), path)
                 continue
+            if self.in_turns:
+                self._number[path] = self.add(-1, path)
+                self._closed.add(self._number[path])
+                continue
             with storage(path):
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             stack.callback(close, fd, path)
             self._number[path] = self.add(fd, path)
         self._operands: dict[Hashable, Operand] = {}
         for key, tensor in every.items():
-            self._operands[key] = tensor.open(self)
+            if tensor.plain is None:
+                self._operands[key] = tensor.open(self)
+
+    def elsewhere(self, number: int) -> RemoteFile | None:
+        """The file elsewhere that is source `number`, if it is one."""
+        return remote.find(self.paths[number]) if self.paths[number] in self._streamed else None
 
     @property
     def fds(self) -> list[int]:
@@ -90,9 +108,33 @@ class Sources:
         self.paths.append(path)
         return len(self.handles) - 1
 
+    def turns(self, steps: Sequence[TensorStep]) -> Iterator[Sequence[TensorStep]]:
+        """The steps in groups, in their order, each while the files are open that it reads. Raises: StorageError."""
+        group: list[TensorStep] = []
+        needed: set[int] = set()
+        for step in steps:
+            own = {source for operand in step.native.inputs for source in operand.sources} & self._closed
+            if group and len(needed | own) > self._room:
+                yield from self._turn(group, needed)
+                group, needed = [], set()
+            group.append(step)
+            needed |= own
+        if group:
+            yield from self._turn(group, needed)
+
+    def _turn(self, group: Sequence[TensorStep], needed: Iterable[int]) -> Iterator[Sequence[TensorStep]]:
+        with ExitStack() as stack:
+            for number in sorted(needed):
+                with storage(self.paths[number]):
+                    self.handles[number] = fd = os.open(self.paths[number], os.O_RDONLY | os.O_CLOEXEC)
+                stack.callback(close, fd, self.paths[number])
+                stack.callback(self.handles.__setitem__, number, -1)
+            yield group
+
     def operand(self, tensor: TensorInput) -> Operand:
         """The operand of one of the inputs, in the form that the pump takes."""
-        return self._operands[tensor.key]
+        plain = tensor.plain
+        return self._operands[tensor.key] if plain is None else self.stored(plain)
 
     def stored(self, tensor: StoredInput) -> Stored:
         number, code, encoding = self._number[tensor.path], tensor.dtype.kernel_code, tensor.encoding
@@ -170,7 +212,7 @@ class Sources:
 
     def cached(self) -> bool:
         """Whether all files are known to be in the page cache, so that nothing needs to be read ahead."""
-        if self._streams is not None:
+        if self._streams is not None or self.in_turns:
             return False
         for fd, path in zip(self.fds, self.paths, strict=True):
             with storage(path):
@@ -185,7 +227,8 @@ class Sources:
         """Raises: CheckpointError, if a file of a checkpoint has changed since its header was read."""
         for checkpoint in self._checkpoints:
             for path in changed_since(checkpoint):
-                raise CheckpointError(message, file=str(path))
+                found = remote.find(path)
+                raise CheckpointError(message, file=str(path) if found is None else found.name)
 
     def explained(self, error: tuple[Any, ...]) -> Exception:
         """The exception for an error tuple of the pump (_C.pyi): a failed read, or another error that ended the run."""
@@ -215,7 +258,7 @@ def _streams(elsewhere: Sequence[Path], inputs: Sequence[TensorInput], most: int
     files = [file for path in elsewhere if (file := remote.find(path)) is not None]
     models = dict.fromkeys(path.parent for path in elsewhere)
     total = sum(tensor.nbytes for tensor in inputs if not {*tensor.files}.isdisjoint(elsewhere))
-    what = f"{counted(len(files), 'file')}, {size(total)}, as they are merged, and not stored"
+    what = f"{counted(len(files), 'file')}, {size(total)}, as they are needed, and not stored"
     tell(f"reading {what}: {listed([file.name for file in files], 4)}")
     return Streams(files, len(models), most, stack)
 
@@ -240,12 +283,14 @@ def remedy(code: int | None) -> str:
         size = max(1, limit * 9 // 10)  # of tensor data: headers take room, too
         return f". ulimit -f allows files of {limit} bytes: --max-shard-size {size}, or raise it for larger tensors"
     if code == errno.EMFILE:
-        return ". Allow more open files (ulimit -n), or make fewer and larger shards"
+        return ". Allow more open files (ulimit -n), or make fewer and larger shards (--max-shard-size)"
     return ". Free some space, or choose another folder" if code in (errno.ENOSPC, errno.EDQUOT) else ""
 
 
-def _allow_files(count: int) -> None:
-    """Raise the soft limit on open files of this process, up to the hard one, if `count` more do not fit."""
+def _allow_files(count: int) -> int:
+    """Raise the soft limit on open files of this process, up to the hard one, if `count` more do not fit. Returns how
+    many do then.
+    """
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -253,3 +298,5 @@ def _allow_files(count: int) -> None:
     if soft != resource.RLIM_INFINITY and wanted > soft:
         wanted = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        return wanted - _SPARE_FDS
+    return count

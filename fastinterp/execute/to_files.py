@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 from fastinterp.backends.cpu import Progress
 from fastinterp.backends.registry import cpu_isa, cpu_threads, device_spec, find_devices, maybe_devices
 from fastinterp.checkpoint.regular_file import pieces_of
-from fastinterp.errors import BackendError, FastinterpError
+from fastinterp.errors import BackendError, FastinterpError, UsageError
 from fastinterp.execute.checksums import receipt_content, small_file
 from fastinterp.execute.input_files import input_files
 from fastinterp.execute.kept import acting_lines, asked_of, kept
-from fastinterp.execute.report import OutputRecord, Report, RoundingEffect, coefficients_of, record_of, report_of
+from fastinterp.execute.report import OutputRecord, Report, RoundingEffect, records_of, report_on
 from fastinterp.execute.resume.identity import Identity, identity_of
 from fastinterp.execute.resume.session import Session, difference
-from fastinterp.execute.run import Done, run
+from fastinterp.execute.run import Done, run, window_beside
 from fastinterp.execute.sinks import FileSinks
 from fastinterp.output.earlier import Earlier, earlier, held
 from fastinterp.output.folder import OutFolder
@@ -62,16 +62,18 @@ def write_outputs(
     start = time.perf_counter()
     cpu_isa()  # an unusable FASTINTERP_ISA shows before a folder is made
     devices, chosen = devices_for(device, plans, threads, max_memory)
+    or_cpu = bool(chosen)
     with ExitStack() as stack:
         folders, session = _opened_folders(plans, outs, stack, identity_of(plans), force=force, durable=durable)
         try:
             if all(folder.finished for of_plan in folders for folder in of_plan):
                 session.tell()
                 every = session.dones(cpu_isa(), cpu_threads(threads))
+                records = [records_of(plan, done.jobs) for plan, done in zip(plans, every, strict=True)]
             else:
-                work = partial(run, threads=threads, max_memory=max_memory, devices=devices)
+                work = partial(run, threads=threads, max_memory=max_memory, devices=devices, or_cpu=or_cpu)
                 synced = durable or force
-                every = _written(plans, folders, session, work, progress, edit_files, verify_kept, synced)
+                every, records = _written(plans, folders, session, work, progress, edit_files, verify_kept, synced)
         except BaseException as error:
             session.leave([folder for of_plan in folders for folder in of_plan], error)
             raise
@@ -79,9 +81,10 @@ def write_outputs(
     read, written = sum(d.bytes_read for d in every), sum(d.bytes_written for d in every)
     reports = []
     try:
-        for plan, done, of_plan in zip(plans, every, folders, strict=True):
+        for plan, done, recorded, of_plan in zip(plans, every, records, folders, strict=True):
             whole = replace(done, bytes_read=read, bytes_written=written)
-            reports += [report_of(plan, whole, wall, k, folder) for k, folder in enumerate(of_plan)]
+            pairs = zip(recorded, of_plan, strict=True)
+            reports += [report_on(plan, whole, wall, k, record, folder) for k, (record, folder) in enumerate(pairs)]
     except FastinterpError as error:  # it looks at configurations of the inputs once more
         error.outcome = "the output is complete, but its report is not"  # type: ignore[attr-defined]
         raise
@@ -103,8 +106,11 @@ def _written(
     edit_files: EditFiles | None,
     verify_kept: bool,
     synced: bool,
-) -> list[Done]:
-    """Write the outputs, except for what is finished already, and put them in place. synced: they are before that."""
+) -> tuple[list[Done], list[list[OutputRecord]]]:
+    """Write the outputs, except for what is finished already, and put them in place. synced: they are before that.
+
+    Returns what was done, and what was recorded about each output, of every plan.
+    """
     flat = [folder for of_plan in folders for folder in of_plan]
     if any(folder.finished for folder in flat):  # others are gone
         session.forget()
@@ -128,23 +134,27 @@ def _written(
         every.append(work(plan, FileSinks(plan, of_plan, synced=synced), progress=shown, notes=session.notes(number)))
     for plan in plans:
         plan.refuse_changed_files()
-    for plan, done, of_outputs, of_files in zip(plans, every, folders, small, strict=True):
+    records = [records_of(plan, done.jobs) for plan, done in zip(plans, every, strict=True)]
+    for plan, done, recorded, of_outputs, of_files in zip(plans, every, records, folders, small, strict=True):
         for k, folder in enumerate(of_outputs):
-            of_files[k] |= write_card(folder, plan, k, record_of(plan, done.jobs, k), of_files[k])
-        sums = [coefficients_of(plan, done.jobs, k) for k in range(len(of_outputs))]
-        write_receipts(plan, of_outputs, done.files, of_files, sums)
+            of_files[k] |= write_card(folder, plan, k, recorded[k], of_files[k])
+        write_receipts(plan, of_outputs, done.files, of_files, [record.coefficients for record in recorded])
     commit_all([*flat[1:], flat[0]])  # the first has the notes about all of them
-    return every
+    return every, records
 
 
 def devices_for(
     device: str, plans: Sequence[Plan], threads: int | None, max_memory: int, local: int = 0
 ) -> tuple[Sequence[Device], str]:
-    """The accelerators that `--device` stands for, none for the CPU; and the reason for the choice of `auto`.
+    """The accelerators that `--device` stands for, none for the CPU; and the reason for the choice of `auto`, empty for
+    all others. What `auto` chooses may fail where the CPU would not: then the CPU does it.
 
     local  index of this process among those of this machine, which share its accelerators
     """
     spec = device_spec(device)
+    streamed = next((name for plan in plans for name in plan.streamed), None)
+    if streamed is not None and spec.kind == "auto":
+        return (), ""
     if spec.kind != "auto":
         return find_devices(spec, local), ""
     if not maybe_devices():
@@ -155,9 +165,12 @@ def devices_for(
     if choice.device == "cpu":
         return (), choice.why
     try:
-        return find_devices(device_spec(choice.device), local), choice.why
-    except BackendError as error:
+        found = find_devices(device_spec(choice.device), local)
+        for plan in plans:
+            window_beside(plan, found, threads, max_memory)
+    except (BackendError, UsageError) as error:
         return (), f"{choice.why}; but {error}"
+    return found, choice.why
 
 
 def _opened_folders(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from fastinterp.backends.cpu import Progress
 from fastinterp.backends.device import Device
-from fastinterp.execute.report import Report, report_of
+from fastinterp.execute.report import Report, records_of, report_on
 from fastinterp.execute.rounds import Rounds
 from fastinterp.execute.run import opened, run
 from fastinterp.execute.sinks import MemorySinks
@@ -33,7 +33,7 @@ def fill(
     start = time.perf_counter()
     done = run(plan, MemorySinks(outputs), threads=threads, max_memory=max_memory, progress=progress, devices=devices)
     wall = time.perf_counter() - start
-    return [report_of(plan, done, wall, k) for k in range(len(outputs))]
+    return [report_on(plan, done, wall, k, record) for k, record in enumerate(records_of(plan, done.jobs))]
 
 
 def filling(plan: Plan, output: Addresses, *, threads: int | None, max_memory: int) -> Iterator[list[str]]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from fastinterp.backends.cpu import Handle
+from fastinterp.backends.cpu import SourceHandle
 from fastinterp.backends.torch_device import common_device
 from fastinterp.checkpoint.quantised import quantised_tensors
 from fastinterp.errors import CheckpointError, ShapeError, UsageError
@@ -226,7 +226,7 @@ class Inputs:
         return f"{name} of {label}" if self._by_name else label
 
 
-def operand_of(view: View, kind: str, sources: list[Handle]) -> Stored:
+def operand_of(view: View, kind: str, sources: list[SourceHandle]) -> Stored:
     """A view as an operand of a step. An array becomes one more of `sources`, memory of this kind."""
     code = view.dtype.code or 0
     if isinstance(view, StoredTensor):

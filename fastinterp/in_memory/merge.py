@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from fastinterp.backends.cpu import Handle, PumpOptions, SumRow
+from fastinterp.backends.cpu import Handle, PumpOptions, SourceHandle, SumRow
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.backends.torch_device import capturing, current_queue, device_of, is_followed
 from fastinterp.errors import CheckpointError, MethodError, ShapeError, StorageError, UsageError
@@ -65,6 +65,13 @@ def merge_tensors(
     no gradients: methods with them are an error, unless under torch.no_grad().
     Returns a new tensor of the same library.
     Raises: UsageError, MethodError (one of them), ShapeError, BackendError.
+
+    >>> import fastinterp, numpy
+    >>> x, y = numpy.float32([1, 2]), numpy.float32([3, 5])
+    >>> fastinterp.merge_tensors([x, y], "linear", parameters={"weight": [0.75, 0.25]})
+    array([1.5 , 2.75], dtype=float32)
+    >>> fastinterp.merge_tensors([y], "task_arithmetic", base=x, parameters={"weight": 0.5})
+    array([2. , 3.5], dtype=float32)
     """
     models = _listed(tensors, "tensors")
     name = text(name, "`name`")
@@ -106,6 +113,11 @@ def merge_state_dicts(
     device, that integer tensors are equal is waited for.
     Raises: UsageError, MethodError (one of them), ShapeError, BackendError; CheckpointError, if one is an adapter, or
     if weights are quantised: codes and scales are only copied, and must be equal in all state dicts.
+
+    >>> import fastinterp, numpy
+    >>> a, b = {"w": numpy.float32([1, 2])}, {"w": numpy.float32([3, 5])}
+    >>> fastinterp.merge_state_dicts([a, b], "linear", parameters={"weight": [0.75, 0.25]})
+    {'w': array([1.5 , 2.75], dtype=float32)}
     """
     models = _listed(state_dicts, "state_dicts")
     labels = [*([] if base is None else ["base"]), *(f"state dict {i}" for i in range(len(models)))]
@@ -264,7 +276,7 @@ class _Merge:
         count = len(inputs.models)
         kept = {n: promoted(view.dtype for view in views[:count]) for n, views in merged.items()}
         out = {n: library.copy(copied[n]) if n in copied else self._empty(n, kept[n]) for n in first}
-        sources: list[Handle] = [*self.files.fds] if self.files else []
+        sources: list[SourceHandle] = [*self.files.handles] if self.files else []
         sinks: list[Handle] = []
         jobs = []
         for name, views in merged.items():
@@ -290,7 +302,7 @@ class _Merge:
         names = [name for name in self.inputs.first if name not in copied]
         return merged(self.method.name, self.inputs.models, names, run)
 
-    def _executor(self, sources: list[Handle], sinks: list[Handle], stats_every: int) -> Executor:
+    def _executor(self, sources: list[SourceHandle], sinks: list[Handle], stats_every: int) -> Executor:
         if self.device is not None:
             return ResidentExecutor(
                 device_of(self.device), current_queue(self.device), sources, sinks,
@@ -305,7 +317,7 @@ class _Merge:
         views: Sequence[View],
         out: ArrayView,
         numel: int,
-        sources: list[Handle],
+        sources: list[SourceHandle],
         sinks: list[Handle],
     ) -> AdaptiveJob:
         kind = "memory" if self.device is None else "device"

@@ -48,6 +48,13 @@ def weighted_sum(
     Arithmetic is float32 (float64 if an array that is read is float64), with one rounding, to nearest even, at the
     store: the numeric contract of docs/NUMERICS.md. Returns `out` or the new array, of the same library as the input.
     Raises: UsageError, ShapeError, BackendError.
+
+    >>> import fastinterp, numpy
+    >>> x, y = numpy.float32([1, 2]), numpy.float32([3, 5])
+    >>> fastinterp.weighted_sum([x, y], [0.75, 0.25])
+    array([1.5 , 2.75], dtype=float32)
+    >>> fastinterp.weighted_sum([y], [0.5], pivot=x)  # halfway from x to y
+    array([2. , 3.5], dtype=float32)
     """
     if dtype is None and threads is None:
         done = _plain_sum(arrays, weights, pivot, out)

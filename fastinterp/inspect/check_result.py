@@ -38,7 +38,7 @@ class Finding:
 class CheckResult:
     """The errors and warnings about a recipe and its models, in the order of the recipe's lines. print() shows it.
 
-    errors     the merge would end with one of them
+    errors     the merge would end with one of them. Each has message, path (`$.models[0]`), line, kind and exit_code
     warnings   about what is allowed, but probably not intended
     name       of the recipe's file
     method     of the document that is written; None if the recipe could not be read

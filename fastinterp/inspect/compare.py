@@ -75,7 +75,9 @@ class Difference:
 class Comparison:
     """The differences of two checkpoints.
 
-    tensors     of the tensors that both have, of the same shape and of dtypes that are merged
+    tensors     name -> difference of each tensor that both have, of the same shape and of a dtype that is merged. Its
+                attributes: numel; changed, elements that differ; norm_a, |a|; norm_delta, |b - a|; relative, |b - a| /
+                |a|; cosine of a and b; changed_fraction
     only_a      names of tensors that b lacks
     only_b      names of tensors that a lacks
     shapes      names of tensors whose shapes differ
@@ -109,6 +111,7 @@ class Comparison:
 
     @property
     def total_of_matrices(self) -> Difference:
+        """Of all matrices as one vector: what tells independent models from related ones, by its cosine."""
         return Difference.total(d for name, d in self.tensors.items() if name not in self.vectors)
 
 
@@ -120,6 +123,10 @@ def compare(
     progress: Progress | bool | None = None,
 ) -> Comparison:
     """Measure b - a for every tensor of two checkpoints, reading every byte once.
+
+    a, b      the checkpoints, in any form that is read
+    threads   None: one per CPU, at most 32. The result does not depend on it
+    progress  as of `merge`
 
     Names of b follow those of a, where a prefix, a wrapper or an older spelling explains all the difference.
     Raises: CheckpointError (ShapeError, if no name is in both), StorageError, BackendError, UsageError.
@@ -214,7 +221,7 @@ def _measured(
             isa=cpu_isa(), threads=cpu_threads(threads), read_bytes=128 << 10, prefetch=not sources.cached()
         )
         total = sum(x.nbytes for entries in places for x in entries)
-        answers = survey(sources.fds, steps, options, sources.explained, total, progress)
+        answers = survey(sources.handles, steps, options, sources.explained, total, progress)
         sources.refuse_changed()
     return answers
 

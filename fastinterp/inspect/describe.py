@@ -9,8 +9,10 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from fastinterp.checkpoint import remote
 from fastinterp.checkpoint.formats import EncodedTensor, encoded_tensors
 from fastinterp.checkpoint.gguf_types import stored
 from fastinterp.checkpoint.header import Entry
@@ -47,7 +49,7 @@ def as_dict(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "name": checkpoint.name,
         "files": [
-            {"path": str(p), "bytes": stamp[0], "tensors": counts[i]}
+            {"path": _place(checkpoint, p), "bytes": stamp[0], "tensors": counts[i]}
             for i, (p, stamp) in enumerate(zip(checkpoint.files, checkpoint.stamps, strict=True))
         ],
         "index": checkpoint.index,
@@ -70,6 +72,12 @@ def as_dict(checkpoint: Checkpoint) -> dict[str, Any]:
             for e in entries
         ],
     }
+
+
+def _place(checkpoint: Checkpoint, path: Path) -> str:
+    """Where a file is: its path, or its address."""
+    found = None if checkpoint.site is None else remote.find(path)
+    return str(path) if found is None else found.name
 
 
 def as_text(checkpoint: Checkpoint, *, every: bool = False, whole: bool = False) -> str:

@@ -90,7 +90,7 @@ def _as_dict(plan: Plan, window: Window) -> dict[str, Any]:
         "rounding": recipe.rounding,
         "seed": recipe.seed,
         "draws": recipe.method.draws,
-        "models": [_model(plan, i) for i, c in enumerate(plan.checkpoints) if c.files],
+        "models": _models(plan),
         "adapters": _adapters(plan),
         "made": _made(plan),
         "origin": plan.origin.name,
@@ -120,34 +120,30 @@ def _as_dict(plan: Plan, window: Window) -> dict[str, Any]:
     }
 
 
-def _model(plan: Plan, i: int) -> dict[str, Any]:
-    checkpoint = plan.checkpoints[i]
-    reads = [
-        (t.name, t.inputs[at].nbytes)
-        for t in _all(plan)
-        for _, inputs in t.reads
-        for at in inputs
-        if t.checkpoints[at] == i
+def _models(plan: Plan) -> list[dict[str, Any]]:
+    reads: list[list[tuple[str, int]]] = [[] for _ in plan.checkpoints]
+    for t in plan.stages:
+        for _, inputs in t.reads:
+            for at in inputs:
+                reads[t.checkpoints[at]].append((t.name, t.inputs[at].nbytes))
+    return [
+        {
+            "symbol": f"x{i}",
+            "name": checkpoint.name,
+            "files": [str(p) for p in checkpoint.files],
+            "bytes": checkpoint.nbytes,
+            "tensors_read": len({name for name, _ in reads[i]}),
+            "bytes_read": sum(nbytes for _, nbytes in reads[i]),
+        }
+        for i, checkpoint in enumerate(plan.checkpoints)
+        if checkpoint.files
     ]
-    return {
-        "symbol": f"x{i}",
-        "name": checkpoint.name,
-        "files": [str(p) for p in checkpoint.files],
-        "bytes": checkpoint.nbytes,
-        "tensors_read": len({name for name, _ in reads}),
-        "bytes_read": sum(nbytes for _, nbytes in reads),
-    }
-
-
-def _all(plan: Plan) -> list[PlannedTensor]:
-    """The tensors of the output, each after the intermediate ones that it reads."""
-    return [stage for t in plan.tensors for stage in t.stages]
 
 
 def _made(plan: Plan) -> list[dict[str, Any]]:
     """The earlier documents of which tensors are stored in a temporary file until they are read."""
     by_model: dict[int, dict[Hashable, TensorInput]] = {}
-    for tensor in _all(plan):
+    for tensor in plan.stages:
         for i, entry in tensor.pairs:
             if stages_of(entry):
                 by_model.setdefault(i, {})[entry.key] = entry
@@ -166,7 +162,7 @@ def _made(plan: Plan) -> list[dict[str, Any]]:
 def _steps(plan: Plan) -> list[dict[str, Any]]:
     """Tensors grouped by what is computed for them, with the coefficients that the kernels use."""
     groups: dict[tuple[str, tuple[str, ...]], list[PlannedTensor]] = {}
-    for tensor in _all(plan):
+    for tensor in plan.stages:
         groups.setdefault((_expression(tensor), tuple(what for what, _ in tensor.reads)), []).append(tensor)
     steps = []
     for (expression, reads), tensors in groups.items():
@@ -240,7 +236,7 @@ def _lettered(text: str, letters: Sequence[str]) -> str:
 def _adapters(plan: Plan) -> list[dict[str, Any]]:
     """What adapters make of tensors of the models, each kind once: `W + 2*B*A[r=16] (lora)`."""
     counts: dict[tuple[int, str], dict[Hashable, int]] = {}
-    for tensor in _all(plan):
+    for tensor in plan.stages:
         for i, one in tensor.pairs:
             if formula := one.formula:
                 counts.setdefault((i, formula), {})[one.key] = one.numel

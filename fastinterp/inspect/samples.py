@@ -83,7 +83,7 @@ def sample(plan: Plan) -> Samples:
             for _, reads in pairs
         ]
         options = PumpOptions(isa=cpu_isa(), threads=cpu_threads(None), read_bytes=128 << 10)
-        answers = survey(sources.fds, steps, options, sources.explained)
+        answers = survey(sources.handles, steps, options, sources.explained)
     for (tensor, reads), (sums, nonzero) in zip(pairs, answers, strict=True):
         _add(samples, tensor, reads, sums, nonzero)
     samples.not_finite = list(dict.fromkeys(samples.not_finite))

@@ -63,7 +63,8 @@ def merge(
 
     recipe        a node, as `sd_mecha.weighted_sum` returns it
     output        a .safetensors file; None: the tensors are returned
-    output_dtype  of all floating tensors, a name or a torch.dtype; None: as the models have it. sd-mecha's default
+    output_dtype  of all floating tensors, a name or a torch.dtype; None: as the models have it. The default
+                  is sd-mecha's
     threads, device, force   as of `fastinterp.merge`; force replaces a file
     missing       of tensors that not all models have in one shape, as a VAE that only some files have: "error"; "base",
                   take the first model's; "skip", leave them out

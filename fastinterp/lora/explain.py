@@ -13,7 +13,10 @@ _SHOWN = 12  # modules that the text lists
 
 @dataclass(frozen=True)
 class AdapterExplanation:
-    """What `merge` would make of adapters. print() shows it as `fastinterp explain` does."""
+    """What `merge_adapters` would make of adapters. print() shows it as `fastinterp explain` does.
+
+    plan  what was decided from headers, for this package alone: `as_dict()` has it in plain values
+    """
 
     plan: AdapterPlan
 

@@ -44,6 +44,7 @@ from fastinterp.lora.tensors import COPY, TensorReader
 from fastinterp.messages import counted
 from fastinterp.ops.combine import Row, philox_key
 from fastinterp.ops.dtypes import DTYPE_NAMES, DType, parse_dtype
+from fastinterp.output.address import uploads
 from fastinterp.output.earlier import key_of
 from fastinterp.output.folder import OutFolder
 from fastinterp.plan.inputs import TensorInput
@@ -61,6 +62,7 @@ _LARGE = 1 << 20  # bytes of a tensor that is worth a warning if it is stored wh
 _DELTA = Row(0, 0.0, ((1, 1.0),))  # x1 - x0, rounded once to float32
 
 
+@uploads
 def extract_lora(
     finetune: Checkpoint,
     base: Checkpoint,
@@ -94,7 +96,7 @@ def extract_lora(
 
     The change of one module at a time is in memory, float32, as are blocks of it: for an m x n weight 4 m n bytes, and
     8 (rank + 16) (m + n) bytes a few times. What is stored whole is streamed. The randomised decomposition reads
-    the change 6 times (16 further columns, 2 power iterations): see algebra.py.
+    the change 6 times (16 further columns, 2 power iterations).
     Raises: UsageError, CheckpointError (ShapeError, if the two differ in their tensors), StorageError, OutputError.
     """
     start, shown = time.perf_counter(), callback_of(progress)

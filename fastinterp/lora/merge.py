@@ -26,6 +26,7 @@ from fastinterp.lora.report import AdapterReport, FactorisedModule
 from fastinterp.lora.tensors import TensorReader
 from fastinterp.ops.combine import Combine
 from fastinterp.ops.dtypes import F32, DType, promoted
+from fastinterp.output.address import uploads
 from fastinterp.output.earlier import key_of
 from fastinterp.output.folder import OutFolder
 from fastinterp.plan.inputs import TensorInput
@@ -36,6 +37,7 @@ from fastinterp.recipe.shown_names import shown_names
 _FILE = "pytorch_lora_weights.safetensors"  # as diffusers names it
 
 
+@uploads
 def merge_adapters(
     recipe: Recipe,
     out: str | os.PathLike[str],

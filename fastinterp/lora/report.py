@@ -46,13 +46,17 @@ class FactorisedModule:
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """What was written.
+    """The report of an adapter that was written. print() shows the summary.
 
     output    the folder or file
-    modules   the modules with products
+    modules   the modules with products: name, rank, norm of the change and error of the product
     saved     names of modules whose tensors are stored whole
     left_out  names of tensors that differ, but are not in the adapter
     exact     the products are sums of products, not approximations: |D| was not measured
+    bytes_read, bytes_written   of the run
+    wall_s    time of the run, seconds
+    remarks   what was decided without being asked
+    warnings  what may not be intended
     """
 
     output: str

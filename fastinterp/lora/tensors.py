@@ -64,7 +64,7 @@ class TensorReader:
             Measure(inputs=tuple(map(self._sources.operand, pair)), numel=pair[0].numel, deltas=True) for pair in pairs
         ]
         total = sum(x.nbytes for pair in pairs for x in pair)
-        return survey(self._sources.fds, steps, self._options, self._sources.explained, total, progress)
+        return survey(self._sources.handles, steps, self._options, self._sources.explained, total, progress)
 
     def refuse_changed(self) -> None:
         """Raises: CheckpointError, if a file has changed since its header was read."""
@@ -92,7 +92,7 @@ class TensorReader:
             keys=(),
         )
         step = io.combine(rows, (0,)) if rows else io.copy_equal()
-        pump = Pump(self._sources.fds, [sink], [step.native], self._options)
+        pump = Pump(self._sources.handles, [sink], [step.native], self._options)
         watch(pump, 0, None)
         error: tuple[Any, ...] | None = pump.error()
         if error is not None and error[0] == "write":

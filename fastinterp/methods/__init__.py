@@ -37,7 +37,7 @@ from fastinterp.messages import clipped, shown, suggestion
 from fastinterp.ops.combine import LARGEST, Tensor
 
 T = TypeVar("T")
-Each = tuple[T, ...]
+Each = tuple[T, ...]  # one value for each model, the base left out
 Base = Literal["required", "optional", "none"]
 
 
@@ -62,8 +62,9 @@ class Sidecar(str):
     """The name of a further checkpoint, with the tensors of the model that it belongs to: its diagonal Fisher, say."""
 
 
-Unit = Annotated[float, Range(0.0, 1.0)]
-NotNegative = Annotated[float, Range(0.0, LARGEST)]
+Unit = Annotated[float, Range(0.0, 1.0)]  # a number from 0 to 1
+NotNegative = Annotated[float, Range(0.0, LARGEST)]  # a number that is at least 0
+# a number that is at least 0, in units of the weights: where these are scaled, it is, too
 Length = Annotated[float, Range(0.0, LARGEST, absolute=True)]
 
 
@@ -140,6 +141,10 @@ class Parameter:
 class Method:
     """A merge method: `fn(n, **parameters)` or `fn(n, tensor, **parameters)`, and what it declares.
 
+    name         as recipes write it
+    fn           the function
+    doc          its docstring: summary, formula, parameters
+    parameters   what recipes may give, one `Parameter` each
     base         "required": input 0 is the base. "optional": it is, if the recipe has one. "none": all inputs are alike
     models       fewest and most inputs, the base included; side-cars are not counted
     generator    whether it is a generator of requests

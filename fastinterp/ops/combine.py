@@ -80,7 +80,7 @@ class Row:
     @property
     def inputs(self) -> tuple[int, ...]:
         """The inputs that are read, in ascending order."""
-        return tuple(sorted({self.pivot, *(i for i, _ in self.terms)}))
+        return tuple(sorted({self.pivot, *[i for i, _ in self.terms]}))
 
 
 @dataclass(frozen=True, slots=True)

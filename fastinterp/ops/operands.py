@@ -84,7 +84,7 @@ class LowRank(msgspec.Struct, frozen=True):
     changes: tuple[Product | ReplacedRows, ...]
 
 
-class Stored(msgspec.Struct, frozen=True):
+class Stored(msgspec.Struct, frozen=True, gc=False):
     """An operand whose elements lie one behind the other in one source.
 
     source    number of the source
@@ -101,6 +101,17 @@ class Stored(msgspec.Struct, frozen=True):
     decoder: Decoder | None = None
     low_rank: LowRank | None = None
 
+    @property
+    def sources(self) -> set[int]:
+        """All sources that it is read from."""
+        found = {self.source, *_companions(self.decoder)}
+        for change in () if self.low_rank is None else self.low_rank.changes:
+            if isinstance(change, ReplacedRows):
+                found.add(change.source)
+            else:
+                found |= {f.source for f in (change.left, change.right, change.magnitude) if f is not None}
+        return found - {-1}
+
 
 class Gathered(msgspec.Struct, frozen=True):
     """An operand whose rows come from several places.
@@ -116,6 +127,15 @@ class Gathered(msgspec.Struct, frozen=True):
     dtype: int
     rows: Any
     decoders: tuple[Decoder | None, ...] = ()
+
+    @property
+    def sources(self) -> set[int]:
+        """All sources that it is read from."""
+        return {source for source, _, _ in self.parts}.union(*map(_companions, self.decoders))
+
+
+def _companions(decoder: Decoder | None) -> set[int]:
+    return set() if decoder is None else {source for source, _, _ in decoder.companions}
 
 
 Operand = Stored | Gathered

@@ -258,4 +258,4 @@ class MaskedCombine:
 
 Request = Measure | MeasureMasked | Divergence | Select
 Sum = Combine | GroupCombine | MaskedCombine
-Steps = Generator[Request, Any, Sum]
+Steps = Generator[Request, Any, Sum]  # of a method with statistics: it yields requests and returns the sum

@@ -12,6 +12,7 @@ from fastinterp.checkpoint.hub_download import first_line
 from fastinterp.checkpoint.names import listing, names_file, quote, shell_word
 from fastinterp.errors import OutputError, UsageError
 from fastinterp.messages import counted, size, tell
+from fastinterp.urls import is_url
 
 # Files of an older model that a new one must not be mixed with: those there that are not uploaded are removed.
 _REPLACED = ("*.safetensors", "*.bin", "*.gguf", "*.index.json", "*.index.*.json")
@@ -33,6 +34,8 @@ class Upload:
         parsed = hub.parse(repo)
         if parsed is None or parsed[1] is not None or "/" not in repo:
             raise UsageError(f"--push-to needs the id of a model, as ORG/NAME, got {quote(repo)}")
+        if is_url(out):
+            raise UsageError(f"--push-to uploads a folder that stays here, and the output is {out}. Leave one of them")
         if names_file(out):
             raise UsageError("--push-to uploads a folder, with configuration and card, and the output is one file")
         if why := hub.offline():

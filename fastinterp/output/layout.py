@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 
 import msgspec
 
@@ -58,12 +59,21 @@ class OutFile(msgspec.Struct, frozen=True):
         return self.header[: self.checksum_at] + text + self.header[self.checksum_at + len(text) :]
 
 
-class Layout(msgspec.Struct, frozen=True):
+class Layout(msgspec.Struct, frozen=True, dict=True):
     """The files of an output."""
 
     files: tuple[OutFile, ...]
     indexes: dict[str, bytes]  # STEM.safetensors.index.json -> its content; none for a single file
     total_size: int  # bytes of all tensors, without headers
+
+    @cached_property
+    def _file_of(self) -> dict[str, int]:
+        return {name: number for number, file in enumerate(self.files) for name in file.places}
+
+    def place(self, tensor: str) -> tuple[int, int]:
+        """The number of a tensor's file, and its byte offset in that. Raises: KeyError, if no file has it."""
+        number = self._file_of[tensor] if len(self.files) > 1 else 0
+        return number, self.files[number].places[tensor]
 
     @property
     def disk_bytes(self) -> int:
@@ -71,7 +81,7 @@ class Layout(msgspec.Struct, frozen=True):
         return sum(f.size for f in self.files) + sum(map(len, self.indexes.values()))
 
 
-class _Tensor(msgspec.Struct, frozen=True):
+class _Tensor(msgspec.Struct, frozen=True, gc=False):
     name: str
     dtype: DType
     shape: tuple[int, ...]

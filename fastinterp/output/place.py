@@ -15,6 +15,7 @@ from fastinterp.output.leftovers import entries, left_by_runs
 from fastinterp.output.names import place_of
 from fastinterp.output.old_checkpoint import old_checkpoint
 from fastinterp.presence import exists, is_folder, is_there
+from fastinterp.urls import mistyped
 
 
 class Place:
@@ -32,6 +33,8 @@ class Place:
         self.name = os.fspath(path)
         if not self.name:
             raise OutputError("the name of the output folder is empty. Give the name of a new folder")
+        if (meant := mistyped(self.name)) and not os.path.exists(self.name.partition("/")[0]):
+            raise OutputError(f"{quote(self.name)} is no address, and hardly the name of a folder.{meant}")
         folder, self.file = place_of(path)
         try:
             self.path = Path(os.path.realpath(folder))

@@ -19,6 +19,7 @@ from fastinterp.messages import counted, suggestion
 from fastinterp.methods import find
 from fastinterp.ops.combine import MAX_INPUTS
 from fastinterp.presence import exists, is_folder, names_at
+from fastinterp.urls import full, is_url, scheme_of
 
 DECAYS = ("linear", "cosine", "1-sqrt")  # of a learning rate, which weights of checkpoints stand for
 WEIGHT_NAMES = ("uniform", "ema", *DECAYS)
@@ -151,6 +152,8 @@ def _expanded(path: str) -> list[str]:
     """The paths that match a pattern; a path itself, also if there are * or [ in its name. What stands behind `+`, an
     adapter, may be a pattern, too. Raises: UsageError.
     """
+    if is_url(path) and "+" not in path:
+        return _elsewhere(path)
     pattern = os.path.expanduser(path)
     if not glob.has_magic(pattern) or exists(pattern):
         return [path]
@@ -177,9 +180,27 @@ def _matching(pattern: str) -> list[str]:
     return sorted(found)
 
 
+def _elsewhere(url: str) -> list[str]:
+    """The addresses that match a pattern, or the one that it is. Raises: UsageError; what a store raises."""
+    parts = url.split("/")
+    first = next((i for i in range(3, len(parts)) if glob.has_magic(parts[i])), None)
+    if first is None or "=" in url.partition("?")[2]:
+        return [url]
+    from fastinterp.checkpoint.url_store import asked, file_system
+
+    if scheme_of(url) in ("http", "https"):
+        raise UsageError(f"{url!r} is a pattern, and addresses of HTTP are not listed. Give the checkpoints one by one")
+    fs, pattern = file_system(url, full(url))
+    count = len(parts) - first
+    found = sorted(name.rstrip("/").split("/")[-count:] for name in asked(lambda: fs.glob(pattern.rstrip("/")), url))
+    if not found:
+        raise UsageError(f"nothing matches {url!r}")
+    return ["/".join((*parts[:first], *names)) for names in found]
+
+
 def _inside(path: str) -> str:
     """What to write for the folder of a run, which holds its checkpoints."""
-    if path.endswith(WEIGHTS):
+    if path.endswith(WEIGHTS) or is_url(path):
         return ""
     inside = [p for p in Path(os.path.expanduser(path)).glob("checkpoint-*") if p.is_dir()]
     return f". For the {len(inside)} in it: {os.path.join(path, 'checkpoint-*')}" if len(inside) > 1 else ""

@@ -136,7 +136,12 @@ class Path:
         return f"<Path{base}: {', '.join(end.label for end in self._ends.values())}>"
 
     def weights(self, alpha: Alpha) -> dict[str, Any]:
-        """The state dict of one point, in new tensors; by name of direction, if it is no line from a to b."""
+        """The state dict of one point, in new tensors.
+
+        alpha  a number on a line from a to b, else distances by name of direction: see `Alpha`
+
+        Raises: UsageError; CheckpointError or StorageError, if a file of a model cannot be read.
+        """
         return self._measured(self._point(alpha))[0]
 
     def evaluate(

@@ -53,6 +53,7 @@ class PathPoint:
     relative_change: float | None = None
 
     def mean(self, metric: str) -> float:
+        """Mean of a metric over seeds."""
         return curve.mean(self.samples[metric])
 
     def se(self, metric: str) -> float | None:
@@ -64,8 +65,12 @@ class PathPoint:
 class PathReport:
     """The metrics of a path at all points and seeds, and what rounding did there. Made by `path(...).evaluate`.
 
-    ends  the models by direction; `a` and `b` of a line
-    line  whether the path is a line from a to b: then alpha has an effective value
+    ends    the models by direction; `a` and `b` of a line
+    base    the model that directions start from, or None
+    seeds   as they were given to the function
+    points  one `PathPoint` for each point, in the order of the alphas
+    probabilities   the metrics that are probabilities
+    line    whether the path is a line from a to b: then alpha has an effective value
     """
 
     ends: Mapping[str, str]
@@ -98,10 +103,12 @@ class PathReport:
 
     @property
     def metrics(self) -> tuple[str, ...]:
+        """The names of the metrics."""
         return tuple(self.points[0].samples)
 
     @property
     def directions(self) -> tuple[str, ...]:
+        """The names of the directions: `alpha` alone on a line."""
         return tuple(self.points[0].at)
 
     @cached_property
@@ -299,7 +306,8 @@ class PathReport:
     def plot(self, file: str | os.PathLike[str] | None = None, metrics: Sequence[str] | None = None) -> Any:
         """Draw the metrics: curves along one direction, heat maps over two. Returns the figure of matplotlib.
 
-        file  where it is written, as .png, .svg or .pdf; None: it is only returned, for a notebook or further drawing
+        file     where it is written, as .png, .svg or .pdf; None: it is only returned, as for a notebook
+        metrics  those that are drawn; None: all
 
         Raises: UsageError, if there is no matplotlib or nothing to draw; StorageError.
         """
@@ -308,7 +316,7 @@ class PathReport:
         return plot_report(self, file, metrics)
 
     def check_metric(self, metric: str) -> None:
-        """Raises: UsageError, if there is no such metric."""
+        """Does nothing, if there is such a metric. Raises: UsageError, if there is none."""
         if metric not in self.metrics:
             raise UsageError(f"no metric is called {metric!r}. Known: {', '.join(self.metrics)}")
 

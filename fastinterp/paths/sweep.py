@@ -15,6 +15,7 @@ from fastinterp.errors import OutputError, UsageError
 from fastinterp.execute.run import fitting_outputs
 from fastinterp.execute.to_files import write_outputs
 from fastinterp.ops.combine import MAX_OUTPUTS
+from fastinterp.output.address import uploads
 from fastinterp.paths.points import Point, further_keys, grid, line, point_path
 from fastinterp.plan.plan import Plan, make_plan
 from fastinterp.presence import exists, is_there
@@ -35,6 +36,7 @@ _MEMORY = "512MB"
 
 
 @without_recipe
+@uploads
 def sweep(
     a: Checkpoint | None = None,
     b: Checkpoint | None = None,
@@ -73,7 +75,11 @@ def sweep(
     sweep(base=..., add={"formal": f, "kind": k}, grid={"formal": [-1, 0, 1], "kind": [0, 0.5, 1]}, out=...)
                                              every combination of distances from `base` towards other checkpoints
 
-    base        with a and b: the task-vector form, as of `interpolate`
+    a, b        the ends of a line
+    alphas      the points on it: numbers, 0 at `a`, 1 at `b`
+    base        with a and b: the task-vector form, as of `interpolate`; else where the directions start
+    add         directions: a name for each checkpoint
+    grid        for each of these names the distances, 0 at `base`, 1 at the checkpoint: all combinations are points
     method      another than the straight line: slerp, ties, ... What it measures is measured once for all points. Its
                 `t`, or its `weight` of each model, is what changes
     parameters  further parameters of the method, the same for all points
@@ -82,7 +88,8 @@ def sweep(
     out         the folder of the outputs: `out/alpha_0.3`, `out/formal_-1_kind_0.5`; or a file `x.safetensors`, which
                 stands for `x_alpha_0.3.safetensors` and so on
     virtual     write a recipe for every point, `out/alpha_0.3.yml`, instead of a checkpoint: for `fastinterp.load`
-    in_memory   called for every point as in_memory(point, tensors), `out` left out. Tensors by name, of `framework`
+    in_memory   called for every point as in_memory(point, tensors), `out` left out. See `PointCallback`
+    framework   of its tensors: "torch" or "numpy"
     max_memory  in_memory: bound of the models that are held at a time, one at least; half of what is free, if it is
                 None. Else bound of the workers' scratch memory: 512MB, if it is None
 

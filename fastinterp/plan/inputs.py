@@ -38,7 +38,7 @@ class OpenFiles(Protocol):
     def intermediate(self, tensor: TensorInput) -> Operand: ...
 
 
-class TensorInput(msgspec.Struct, frozen=True, eq=False):
+class TensorInput(msgspec.Struct, frozen=True, eq=False, gc=False):
     """One tensor that is read: the interface. Every kind implements key, files and open, which raise here.
 
     dtype, shape  of its numbers, whatever stores them

@@ -85,15 +85,22 @@ class Plan:
             f"{size(self.bytes_read)} read, {size(self.bytes_written)} written>"
         )
 
-    @property
+    @cached_property
+    def stages(self) -> Sequence[PlannedTensor]:
+        """All tensors that are computed, those of documents above, for each tensor that needs them, among them."""
+        if not any(t.before for t in self.tensors):
+            return self.tensors
+        return [stage for t in self.tensors for stage in t.stages]
+
+    @cached_property
     def bytes_read(self) -> int:
         """An estimate: the answers to a method's requests may lead to more or fewer reads."""
-        return sum(stage.bytes_read for t in self.tensors for stage in t.stages)
+        return sum(stage.bytes_read for stage in self.stages)
 
-    @property
+    @cached_property
     def bytes_made(self) -> int:
         """Bytes of tensors of the documents above that are stored until they are read."""
-        return sum(stage.nbytes for t in self.tensors for stage in t.before)
+        return 0 if self.stages is self.tensors else sum(stage.nbytes for t in self.tensors for stage in t.before)
 
     @property
     def bytes_written(self) -> int:
@@ -109,6 +116,12 @@ class Plan:
         """The names of models with files that are not on the disk: on the Hub, say."""
         files = ((m.name, (*m.files, *m.adapter_files)) for m in self.checkpoints)
         return tuple(name for name, paths in files if any(remote.find(path) for path in paths))
+
+    @property
+    def streamed(self) -> tuple[str, ...]:
+        """The names of models with files that are read from elsewhere while they are merged."""
+        files = ((m.name, (*m.files, *m.adapter_files)) for m in self.checkpoints)
+        return tuple(name for name, paths in files if any(map(remote.is_streamed, paths)))
 
     def small_files(self, k: int) -> dict[str, bytes | Path]:
         """What is written beside the weights of output k, by name: the path of a file to copy, or content.

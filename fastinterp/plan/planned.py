@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fastinterp.plan.output_encoding import OutputEncoding
 
 
-class PlannedTensor(msgspec.Struct, frozen=True, eq=False):
+class PlannedTensor(msgspec.Struct, frozen=True, eq=False, gc=False):
     """One output tensor.
 
     inputs       what is read. Inputs of a program are all that its method sees, in its order, side-cars last
@@ -86,6 +86,8 @@ class PlannedTensor(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def bytes_read(self) -> int:
+        if self.program is None and self.encoding is None:
+            return sum([tensor.nbytes for tensor in self.inputs])
         return sum(self.inputs[i].nbytes for _, inputs in self.reads for i in inputs)
 
     @property

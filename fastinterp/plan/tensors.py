@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
+from operator import is_
 from typing import Any
 
 from msgspec.structs import replace
@@ -110,6 +111,7 @@ class _Planner:
         targets: Sequence[Target],
     ):
         self._recipes, self._models, self._origin = recipes, models, origin
+        self._seeds = tuple(r.seed for r in recipes)
         self._method = recipes[0].method
         self._sidecars = {ref: (len(models) + i, model) for i, (ref, model) in enumerate(sidecars.items())}
         self._keywords = [p.keyword for p in self._method.parameters if p.kind is Sidecar]
@@ -120,16 +122,16 @@ class _Planner:
 
             self._gguf = StoredTypes(origin, recipes[0].out_dtype or recipes[0].dtype)
         self._numel = sum(lead.numel for lead in leads if lead.merges)
-        self._requests: dict[tuple[Any, ...], Any] = {}  # of methods that look at the number of models alone
+        # The calls of methods that look at the number of models alone.
+        self._requests: dict[tuple[Any, ...], Callable[[], Any]] = {}
         self._reads: dict[tuple[Any, ...], Any] = {}
         self.whole_reads: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     def planned(self, targets: Sequence[Target]) -> PlannedTensor:
         """targets  one per output, of equal name and inputs"""
-        planned = replace(self._planned(targets), seeds=tuple(r.seed for r in self._recipes))
-        if not planned.merged:
-            return planned
-        return replace(planned, form=_dtype_source(targets[0], self._origin) or planned.inputs[0])
+        planned = self._planned(targets)
+        form = (_dtype_source(targets[0], self._origin) or planned.inputs[0]) if planned.merged else None
+        return replace(planned, seeds=self._seeds, form=form)
 
     def _planned(self, targets: Sequence[Target]) -> PlannedTensor:
         target, recipe = targets[0], self._recipes[0]
@@ -208,8 +210,7 @@ class _Planner:
         target = targets[0]
         if lead.numel == 0:  # there is no data
             return _summed(target.name, dtype, lead, inputs, [Combine((1.0,))] * len(calls))
-        seeds = tuple(r.seed for r in self._recipes)
-        run = MethodRun(target.name, calls, seeds)
+        run = MethodRun(target.name, calls, self._seeds)
         plain = [s for s in run.sums if isinstance(s, Combine)]
         if run.ended and len(plain) == len(calls) and not self.whole_reads:
             return _summed(target.name, dtype, lead, inputs, plain)
@@ -219,23 +220,24 @@ class _Planner:
             self._reads[key] = foreseen_reads(run, len(target.inputs), lead.shape)
         reads, whole = self._reads[key]
         reads = reads if whole else (*self.whole_reads, *reads)
-        program = Program(calls, reads, whole, self._method.name, target.name, seeds)
+        program = Program(calls, reads, whole, self._method.name, target.name, self._seeds)
         return _unsummed(target.name, dtype, lead, [*inputs, *self._sidecar_inputs(target)], program, len(inputs))
 
     def _call(self, k: int, target: Target, lead: TensorInput) -> Callable[[], Any]:
         """The method with all of its arguments, for output k."""
         n, method = len(target.inputs), self._method
+        key = (k, n, id(target.parameters))
+        if key in self._requests:
+            return self._requests[key]
         tensor = Tensor(target.name, lead.shape, target.layer, target.layers, self._numel)
         call = partial(method, n, tensor, **target.parameters)
         if method.generator:
             return call
         if method.fn.__code__.co_argcount > 1:
             return partial(self._checked, call, target.name, self._recipes[k])
-        key = (k, n, id(target.parameters))
-        if key not in self._requests:
-            self._requests[key] = self._checked(call, target.name, self._recipes[k])
-        request = self._requests[key]
-        return lambda: request
+        request = self._checked(call, target.name, self._recipes[k])
+        self._requests[key] = lambda: request
+        return self._requests[key]
 
     def _checked(self, call: Callable[[], Any], name: str, recipe: Recipe) -> Any:
         """The return value of the method's call. Raises: MethodError, with its path and file in the recipe."""
@@ -354,14 +356,22 @@ def _summed(
 ) -> PlannedTensor:
     """A tensor whose sums are known. An input of weight 0 is not read."""
     sums = tuple(sums)
-    read, rows = _rows(sums)
-    numbers, tensors = tuple(inputs[i][0] for i in read), tuple(inputs[i][1] for i in read)
+    same, read, rows = _rows(sums)
+    sums = same if all(map(is_, same, sums)) else sums  # one object for many tensors
+    numbers = shared(tuple([inputs[i][0] for i in read]))
+    tensors = tuple([inputs[i][1] for i in read])
     return PlannedTensor(name, dtype, lead.shape, numbers, tensors, rows, None, len(read), sums)
 
 
 @lru_cache(maxsize=64)  # most tensors of a model have the sums of the one before
-def _rows(sums: tuple[Combine, ...]) -> tuple[tuple[int, ...], tuple[Row, ...]]:
-    return renumbered(s.row() for s in sums)
+def _rows(sums: tuple[Combine, ...]) -> tuple[tuple[Combine, ...], tuple[int, ...], tuple[Row, ...]]:
+    return sums, *renumbered(s.row() for s in sums)
+
+
+@lru_cache(maxsize=256)
+def shared(numbers: tuple[int, ...]) -> tuple[int, ...]:
+    """The same numbers, as one object for many tensors."""
+    return numbers
 
 
 def _is_copy(call: Callable[[], Any]) -> bool:

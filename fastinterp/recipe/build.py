@@ -42,6 +42,7 @@ class Builder:
         """guessed: the method is a stand-in for an unknown one"""
         self.document, self.raw, self.method, self.earlier, self.collector = document, raw, method, earlier, collector
         self.models: list[ModelRef] = []
+        self._numbers: dict[ModelRef, int] = {}  # of each of them
         self.levels = Levels(document, method, collector, guessed=guessed)
         self.base_model: ModelRef | None = None
         if raw.base_model is not None:
@@ -285,6 +286,7 @@ class Builder:
 
     def _index(self, model: ModelRef) -> int:
         """The index of the model in `models`, to which it is added if it is new."""
-        if model not in self.models:
+        number = self._numbers.setdefault(model, len(self.models))
+        if number == len(self.models):
             self.models.append(model)
-        return self.models.index(model)
+        return number

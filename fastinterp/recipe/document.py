@@ -17,6 +17,7 @@ from yaml.constructor import SafeConstructor
 
 from fastinterp.errors import RecipeError, ShapeError
 from fastinterp.messages import clipped, shown
+from fastinterp.urls import is_url, public
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
@@ -117,16 +118,17 @@ def read_all(source: Source, file: str | None = None) -> tuple[Document, ...]:
             raise RecipeError("the recipe is empty", file=file)
         return tuple(Document(value, text, file) for value in values)
     if isinstance(source, str) and "\n" in source:
-        return _from_yaml(source, file or "<recipe>")
+        return _from_yaml(public(source), file or "<recipe>")
     if not isinstance(source, (str, os.PathLike)):
         raise RecipeError(f"a recipe is a path, YAML text or a mapping, got {type(source).__name__}", file=file)
     path = os.fspath(source)
-    text = _text(path, file or path)
+    text = public(_text(path, file or path))  # logins in addresses go no further than this
     return (_from_json if path.endswith(".json") else _from_yaml)(text, file or path)
 
 
 def from_text(text: str) -> tuple[Document, ...]:
     """The documents in the text of a recipe, YAML or JSON, which may be one line. Raises: RecipeError."""
+    text = public(text)
     if text.lstrip().startswith("{"):
         try:
             return _from_json(text, "<recipe>")
@@ -144,6 +146,8 @@ def as_yaml(values: Sequence[Any]) -> str:
 
 
 def _text(path: str, file: str) -> str:
+    if is_url(path):
+        raise RecipeError("recipes are read from files here. Download it, and name the file", file=file)
     try:
         with open(os.path.expanduser(path), "rb") as stream:
             raw = stream.read(MAX_BYTES + 1)
@@ -351,7 +355,7 @@ def _plain(value: Any, path: str, file: str | None, depth: int) -> Any:
             value.encode()
         except UnicodeEncodeError:
             raise RecipeError(f"{shown(value)} is not valid Unicode text", path=path, file=file) from None
-        return str(value)
+        return public(value)
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int) and abs(value) < 2**64:

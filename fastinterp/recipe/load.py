@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from fastinterp.errors import MethodError, RecipeError
@@ -128,7 +129,7 @@ class Recipe:
     def groups(self) -> tuple[MergeGroup, ...]:
         return tuple(group for section in self.sections for group in section.groups)
 
-    @property
+    @cached_property
     def base_index(self) -> int:
         """Index in `models` of the one whose tensors count where they cannot be merged: base_model, else the first."""
         return self.models.index(self.base_model) if self.base_model in self.models else 0
@@ -154,10 +155,19 @@ class Recipe:
 
     def path_of(self, model: ModelRef) -> str:
         """The path at which the recipe names a model, or a side-car: `$.models[0].model`; `$`, if it does not."""
+        # The long form has the path by itself.
+        found = [self._written[known] for known in (model, ModelRef(model.path)) if known in self._written]
+        return min(found)[1] if found else "$"
+
+    @cached_property
+    def _written(self) -> dict[ModelRef, tuple[int, str]]:
+        """The models and side-cars that are named -> the first place: its number among all, and its path."""
         written = [(ModelRef.of(text), path) for text, path in references(self.document.value, "$")]
         written += sidecar_paths(self.method, self.sections).items()
-        # The long form has the path by itself.
-        return next((path for known, path in written if known in (model, ModelRef(model.path))), "$")
+        first: dict[ModelRef, tuple[int, str]] = {}
+        for number, (model, path) in enumerate(written):
+            first.setdefault(model, (number, path))
+        return first
 
     def formula(self) -> str:
         """The merge in one line, then which model each symbol stands for; for people.

@@ -15,6 +15,7 @@ from fastinterp.messages import clipped, shown, suggestion
 from fastinterp.presence import exists
 from fastinterp.recipe.document import Document, ErrorCollector
 from fastinterp.recipe.schema import ModelPath, Reference
+from fastinterp.urls import is_url, public, scheme_of
 
 _SCALE = re.compile(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)", re.DOTALL)
 _CLOSE = 0.8  # names as alike as this are one that was mistyped
@@ -38,8 +39,8 @@ class AdapterRef(msgspec.Struct, frozen=True):
         rest, scale = text, 1.0
         if found := _SCALE.fullmatch(text):
             rest, scale = found[1], float(found[2])
-        path, at, revision = rest.rpartition("@")
-        return cls(path, revision, scale) if at else cls(rest, None, scale)
+        path, at, revision = _parted(public(rest))
+        return cls(path, revision, scale) if at else cls(path, None, scale)
 
     @property
     def name(self) -> str:
@@ -53,7 +54,7 @@ class AdapterRef(msgspec.Struct, frozen=True):
 class ModelRef(msgspec.Struct, frozen=True, eq=False):
     """A model as a recipe names it: a value. str() is its text form, which messages, receipts and model cards show.
 
-    path      a folder, a .safetensors file or a Hub id, as it was written
+    path      a folder, a .safetensors file, a Hub id or an address, as it was written, without logins
     revision  of a Hub id; None: its default branch
     adapters  that are added to the model, in this order
 
@@ -70,11 +71,12 @@ class ModelRef(msgspec.Struct, frozen=True, eq=False):
         there under the whole text is a path, even if it has a `+`.
         """
         adapters: tuple[AdapterRef, ...] = ()
+        text = public(text)
         if "+" in text and not exists(os.path.expanduser(text)):
             text, *others = text.split("+")
             adapters = tuple(map(AdapterRef.of, others))
-        path, at, revision = text.rpartition("@")
-        return cls(path, revision, adapters) if at else cls(text, None, adapters)
+        path, at, revision = _parted(text)
+        return cls(path, revision, adapters) if at else cls(path, None, adapters)
 
     @property
     def name(self) -> str:
@@ -103,6 +105,12 @@ class ModelRef(msgspec.Struct, frozen=True, eq=False):
         return "+".join((*map(os.path.normpath, self.names), *scales))
 
 
+def _parted(name: str) -> tuple[str, str, str]:
+    """Path, `@` and revision; of an address, all of it: what an `@` in it means depends on its protocol."""
+    path, at, revision = name.rpartition("@")
+    return (path, at, revision) if at and not is_url(name) else (name, "", "")
+
+
 # The base of adapters that are merged with each other, which is not read: their changes of it are zero there.
 UNCHANGED = ModelRef("the base, unchanged")
 
@@ -128,7 +136,7 @@ def model_ref(document: Document, written: str | Reference, path: str) -> ModelR
         if not part.path.strip() or part.revision == "":
             what = "of a model" if isinstance(part, ModelRef) else "of an adapter, behind `+`,"
             raise document.error(f"the name {what} must not be empty: {shown(written)}. {instead}", path)
-        if "@" in part.path:
+        if "@" in part.path and not is_url(part.path):
             raise document.error(f"{shown(written)} has more than one `@`. {instead}", path)
     return model
 
@@ -176,13 +184,15 @@ def _adapter(document: Document, item: Any, path: str) -> AdapterRef:
         raise document.error(f"`revision` must be text, got {shown(revision)}", f"{path}.revision")
     if type(scale) not in (int, float):
         raise document.error(f"`scale` must be a number, got {shown(scale)}", f"{path}.scale")
-    return AdapterRef(item["path"], revision, float(scale))
+    return AdapterRef(public(item["path"]), revision, float(scale))
 
 
 def _of_long_form(document: Document, written: ModelPath, path: str) -> ModelRef:
     if not written.path.strip() or written.revision == "":
         raise document.error("`path` and `revision` must not be empty", path)
-    return ModelRef(written.path, written.revision)
+    if written.revision is not None and is_url(written.path) and scheme_of(written.path) != "hf":
+        raise document.error("`revision` is that of a model on the Hub, and the path is an address", f"{path}.revision")
+    return ModelRef(public(written.path), written.revision)
 
 
 def refuse_beside(document: Document, model: ModelRef, path: str) -> None:
@@ -193,7 +203,7 @@ def refuse_beside(document: Document, model: ModelRef, path: str) -> None:
     folder = os.path.dirname(document.file or "")
     for name in model.names if folder else ():
         beside = os.path.join(folder, name)
-        if not os.path.isabs(name) and exists(beside) and not exists(name):
+        if not is_url(name) and not os.path.isabs(name) and exists(beside) and not exists(name):
             raise document.error(
                 f"there is no {shown(name)} in the current folder, where relative paths start, but there is one beside "
                 f"the recipe. Write '{beside}', or run in '{folder}'",
@@ -281,7 +291,7 @@ def not_there(document: Document, name: str, documents: Sequence[str]) -> str:
 
     if close := difflib.get_close_matches(name, documents, n=1, cutoff=_CLOSE):
         return f" Did you mean the document {shown(close[0])}?"
-    if os.path.isabs(os.path.expanduser(name)):
+    if os.path.isabs(os.path.expanduser(name)) or is_url(name):
         return ""
     here, path, file = os.getcwd(), name.partition("@")[0], document.file or ""
     beside = os.path.dirname(os.path.abspath(file)) if os.path.isfile(file) else here

@@ -16,7 +16,8 @@ from fastinterp.recipe.references import ModelRef
 # Keys whose values are words, whatever models are called.
 _WORDS = {"merge_method", "name", "dtype", "out_dtype", "rounding", "missing", "channels", "quantize", "out", "filter"}
 _LONGEST = 4096  # characters of a path
-_AROUND = r"(?<![\w./~-]){}(?![\w-]|/\w|\.\w)"  # a path as a whole, not the start or the end of another one
+# What stands around a path that is the start or the end of another one.
+_BEFORE, _BEHIND = re.compile(r"[\w./~-]"), re.compile(r"[\w-]|/\w|\.\w")
 
 
 class ShownNames(msgspec.Struct, frozen=True):
@@ -30,8 +31,7 @@ class ShownNames(msgspec.Struct, frozen=True):
 
     def model(self, text: str) -> str:
         """A model in its text form, `path@revision+adapter:0.5`, with the names that are shown."""
-        paths = paths_in(text)
-        return self._replaced(text) if any(path in self.names for path in paths) else text
+        return self._replaced(text, [path for path in paths_in(text) if path in self.names])
 
     def recipe(self, text: str) -> str:
         """The text of a recipe, with the names that are shown."""
@@ -40,18 +40,33 @@ class ShownNames(msgspec.Struct, frozen=True):
         try:
             values = [document.value for document in from_text(text)]
             wanted = [renamed(value, self.model) for value in values]
-            replaced = self._replaced(text)
+            replaced = self._replaced(text, self.names)
             if not self.values_only and [document.value for document in from_text(replaced)] == wanted:
                 return replaced
         except RecipeError:
-            return self._replaced(text)
+            return self._replaced(text, self.names)
         return as_yaml(wanted)
 
-    def _replaced(self, text: str) -> str:
-        for path in sorted(self.names, key=len, reverse=True):
-            shown = self.names[path]
-            text = re.sub(_AROUND.format(re.escape(path)), lambda _, shown=shown: shown, text)  # type: ignore[misc]
+    def _replaced(self, text: str, paths: Iterable[str]) -> str:
+        for path in sorted(paths, key=len, reverse=True):
+            text = _with_path(text, path, self.names[path])
         return text
+
+
+def _with_path(text: str, path: str, shown: str) -> str:
+    """The text with another name for a path, where that stands as a whole. No expression with the path in it: of
+    thousands of models, each would be compiled, and tried at every character.
+    """
+    parts, done, at = [], 0, text.find(path)
+    while at >= 0:
+        end = at + len(path)
+        if not _BEFORE.match(text[max(0, at - 1) : at]) and not _BEHIND.match(text, end):
+            parts += [text[done:at], shown]
+            done = end
+        else:
+            end = at + 1
+        at = text.find(path, max(end, at + 1))
+    return "".join([*parts, text[done:]])
 
 
 def strings(value: Any) -> Iterator[str]:
@@ -98,12 +113,16 @@ def short_names(paths: Iterable[str]) -> dict[str, str]:
     normal = {path: os.path.normpath(path) for path in paths}
     absolute = {path: [part for part in normal[path].split("/") if part] for path in normal if is_absolute(path)}
     taken = {os.path.normpath(path) for path in normal if path not in absolute}
-    shown: dict[str, str] = {}
-    for path, parts in absolute.items():
-        others = [p for other, p in absolute.items() if normal[other] != normal[path]]
+    ends: dict[str, int] = {}  # the last parts -> how many paths end so
+    for parts in {normal[path]: parts for path, parts in absolute.items()}.values():
         for count in range(1, len(parts) + 1):
             name = "/".join(parts[-count:])
-            if name not in taken and not any(p[-count:] == parts[-count:] for p in others):
+            ends[name] = ends.get(name, 0) + 1
+    shown: dict[str, str] = {}
+    for path, parts in absolute.items():
+        for count in range(1, len(parts) + 1):
+            name = "/".join(parts[-count:])
+            if name not in taken and ends[name] == 1:
                 break
         shown[path] = name if parts else path
     return shown

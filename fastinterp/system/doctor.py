@@ -24,7 +24,14 @@ from fastinterp.in_memory.weighted_sum import weighted_sum
 
 _PACKAGES = ("numpy", "torch", "triton", "safetensors", "huggingface_hub")
 _PREFIX = "FASTINTERP_"
-_READ = (ISA_VARIABLE, GPU_VARIABLE, "FASTINTERP_CUDA", "FASTINTERP_REQUIRE", "FASTINTERP_LONG")  # builds, tests
+_READ = (
+    ISA_VARIABLE,
+    GPU_VARIABLE,
+    "FASTINTERP_CUDA",
+    "FASTINTERP_CUDA_ARCHITECTURES",
+    "FASTINTERP_REQUIRE",
+    "FASTINTERP_LONG",
+)  # builds, tests
 _PROBE_S = 0.6  # seconds of each of the three measurements
 _ARRAY = 64 << 20  # bytes: much larger than the caches
 _FILE = 512 << 20  # bytes: the most that are written

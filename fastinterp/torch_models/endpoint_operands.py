@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from fastinterp.backends.cpu import Handle, PreparedSums, PumpOptions, memory_address
+from fastinterp.backends.cpu import Handle, PreparedSums, PumpOptions, SourceHandle, memory_address
 from fastinterp.backends.torch_device import current_queue, device_of, memory, pinned
 from fastinterp.errors import BackendError, UsageError
 from fastinterp.execute.device.resident import ResidentExecutor
@@ -49,7 +49,7 @@ class EndpointOperands:
         self._isa, self.threads, self.device = isa, threads, device
         endpoints = Endpoints(models, stack, {name for w in weights for name in w.names})
         self._files = endpoints.files
-        self.handles: list[Handle] = list(self._files.fds)
+        self.handles: list[SourceHandle] = list(self._files.handles)
         self._held: list[Any] = []  # memory that handles point to
         self._tensors: list[Any] = []  # of the caller's state dicts
         self._addresses: list[int] = []  # where they were
@@ -68,7 +68,7 @@ class EndpointOperands:
             self.operands.append(
                 [self._operand(x, specs[name][0], weights) for x, name in zip(found, names, strict=True)]
             )
-        if resident and (device is not None or self._files.fds) and self._read(weights):
+        if resident and (device is not None or self._files.handles) and self._read(weights):
             self._files = Sources([], [], stack)
 
     def _check_reachable(self, tensor: Any, label: str) -> None:
@@ -142,7 +142,7 @@ class EndpointOperands:
 
     def _pumped(self, sinks: Sequence[Handle]) -> PumpExecutor:
         """The executor of the CPU, from the end points that it reaches."""
-        read, write = _FROM_FILES if self._files.fds else _FROM_MEMORY
+        read, write = _FROM_FILES if self._files.handles else _FROM_MEMORY
         sources = [("memory", 0, 0) if _is_device(handle) else handle for handle in self.handles]
         options = PumpOptions(isa=self._isa, threads=self.threads, write_bytes=write, read_bytes=read)
         # Scratch for memory is never touched.
@@ -176,7 +176,7 @@ class EndpointOperands:
 
         Returns whether there was room.
         """
-        files = len(self._files.fds)
+        files = len(self._files.handles)
         moved = [
             (k, i) for k, model in enumerate(self.operands) for i, o in enumerate(model)
             if (o.source < files if self.device is None else not self._on_device(o))
@@ -209,7 +209,7 @@ class EndpointOperands:
         return None if block is None else MemoryBlock(sizes, block)
 
 
-def _is_device(handle: Handle) -> bool:
+def _is_device(handle: SourceHandle) -> bool:
     return isinstance(handle, tuple) and handle[0] == "device"
 
 

@@ -212,7 +212,7 @@ class Endpoints:
             step = copy_by_kernel(stored.operand, 0, nbytes)
             options = PumpOptions(isa=cpu_isa(), threads=cpu_threads(None))
             sinks: list[Handle] = [("memory", made.data_ptr(), nbytes)]
-            PumpExecutor(self.files.fds, sinks, options, self._explained, 0, None).run([step])
+            PumpExecutor(self.files.handles, sinks, options, self._explained, 0, None).run([step])
             return made
         data = self._read(stored.source, stored.start, nbytes)
         return torch.frombuffer(data, dtype=torch_dtype(stored.dtype)).view(stored.shape)
@@ -224,6 +224,9 @@ class Endpoints:
         """Raises: StorageError; CheckpointError, if the file ends before."""
         data = bytearray(nbytes)
         done = 0
+        if (elsewhere := self.files.elsewhere(source)) is not None:
+            elsewhere.read_into(memoryview(data), start)
+            return data
         with storage(self.files.paths[source]):
             while done < nbytes:
                 count = os.preadv(self.files.fds[source], [memoryview(data)[done:]], start + done)

@@ -149,7 +149,8 @@ class Live:
     def set(self, alpha: float | Mapping[str, float] | None = None, /, **alphas: float) -> None:
         """Move the module to a point: one number on a line; a distance for each direction, 0 where none is given.
 
-        alpha  on a line the number; else a mapping, for directions whose names are no Python names
+        alpha   on a line the number; else a mapping, for directions whose names are no Python names
+        alphas  by keyword: the distance in each direction
 
         Waits until no step runs. If anything fails, the module has its own weights again.
         Raises: UsageError, if a direction is unknown, an alpha is no finite number, or this thread is in a step;

@@ -30,6 +30,7 @@ from fastinterp.torch_models.module_tensors import (
     weights_of,
     with_versions,
 )
+from fastinterp.urls import is_url
 
 Places = dict[str, tuple[int, int]]  # tensor name -> address, bytes
 
@@ -107,6 +108,8 @@ def load_into(
 ) -> None:
     """Write a merged model into the parameters and buffers of a torch module, on any devices.
 
+    module   a torch module; its parameters and floating buffers are overwritten in place
+    recipe   as of `load`
     layers   only tensors whose names match this pattern, or one of several, as `model.layers.1?.*`; None: all
 
     Each merged tensor is rounded once, to the dtype that the module has. Names, shapes and kinds are checked before
@@ -160,6 +163,8 @@ def _recipe(source: Source | Point) -> str | Mapping[str, Any] | Sequence[Mappin
     if isinstance(source, (Mapping, list, tuple)) or (isinstance(source, str) and "\n" in source):
         return source
     path = path_of(source, "recipe")
+    if is_url(path) and not path.endswith((".yml", ".yaml")):
+        return {"merge_method": "passthrough", "models": [{"model": path}]}
     if is_folder(os.path.expanduser(path)) or path.endswith((WEIGHTS, INDEX, *PICKLES)):
         return {"merge_method": "passthrough", "models": [{"model": path}]}
     return path

@@ -10,10 +10,12 @@ import msgspec
 
 from fastinterp.backends.cpu import REGION_BYTES, checksum, xxh3
 from fastinterp.backends.registry import cpu_threads
+from fastinterp.checkpoint import remote
 from fastinterp.checkpoint.checksum import stated_checksum
 from fastinterp.checkpoint.file_kinds import read_header
 from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.regular_file import pieces_of
+from fastinterp.checkpoint.remote import opened, read_up_to
 from fastinterp.errors import CheckpointError
 from fastinterp.execute.checksums import small_file
 from fastinterp.execute.sources import storage
@@ -74,7 +76,8 @@ def check_stated(path: Path, threads: int | None, progress: Progress | None) -> 
     if stated is None:
         return Checked((), 0, 0, 0)
     start = min((entry.start for entry in header.entries), default=0)
-    size = file_size(path) or 0
+    elsewhere = remote.find(path)
+    size = (file_size(path) or 0) if elsewhere is None else elsewhere.size
     found = sum(regions_of(path, start, size, threads, progress)) % 2**64
     findings = []
     if found != stated:
@@ -85,6 +88,10 @@ def check_stated(path: Path, threads: int | None, progress: Progress | None) -> 
 
 def regions_of(path: Path, start: int, end: int, threads: int | None, progress: Progress | None) -> list[int]:
     """The checksums of the regions of a file's data. Raises: StorageError."""
+    if (elsewhere := remote.find(path)) is not None:
+        from fastinterp.verification.elsewhere import regions_elsewhere
+
+        return regions_elsewhere(elsewhere, start, end, threads, progress)
     numbers: list[int] = []
     with storage(path):
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -107,7 +114,8 @@ def _check_weights(
     folder: Path, name: str, receipt: WeightsFile, threads: int | None, progress: Progress | None
 ) -> list[Finding]:  # fmt: skip
     path = folder / name
-    size = file_size(path)
+    elsewhere = remote.find(path)
+    size = file_size(path) if elsewhere is None else elsewhere.size
     if size is None:
         return [Finding(name, "it is missing")]
     if size != receipt.size:
@@ -156,12 +164,14 @@ def _check_small(path: Path, name: str, receipt: SmallFile) -> list[Finding]:
 
 
 def _head(path: Path, size: int) -> bytes:
-    with storage(path), open(path, "rb") as stream:
-        return stream.read(size)
+    with opened(str(path)) as file:
+        return read_up_to(file, path, 0, size)
 
 
 def _holes(path: Path, start: int, size: int) -> str:
     """The end of a message about data that was never written; nothing, if it was."""
+    if remote.find(path) is not None:
+        return ""
     with storage(path), open(path, "rb") as stream:
         missing = sum(end - begin for begin, end in holes_in(stream.fileno(), start, size))
     return f". {shown_size(missing)} were never written: the machine may have stopped before" if missing else ""

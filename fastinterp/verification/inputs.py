@@ -45,6 +45,8 @@ def _differs(now: tuple[InputFile, ...], said: tuple[InputFile, ...]) -> str:
             return f"the header of {one.name} is not the one that was read"
         if one.sample_xxh3 != other.sample_xxh3:
             return f"the data of {one.name} is not what was read"
+        if one.version and other.version and one.version != other.version:
+            return f"{one.name} is another version there ({one.version}) than the one that was read ({other.version})"
     return ""
 
 

@@ -20,6 +20,7 @@ from fastinterp.ops.combine import NUMERICS
 from fastinterp.output.receipt import RECEIPT, ReceiptFile, read_receipt
 from fastinterp.plan.outputs import RECEIPT_KEY
 from fastinterp.presence import exists, is_file, is_folder, names_at
+from fastinterp.urls import is_url
 
 _SHOWN = 5  # names in a message, before the rest is only counted
 _NONE = (
@@ -87,6 +88,8 @@ def open_output(name: str) -> MadeOutput:
     Raises: CheckpointError, if it is no output of fastinterp, or too damaged to tell; UsageError, if it holds several
     outputs, or is a part of one.
     """
+    if is_url(name):
+        return _elsewhere(name)
     path = Path(os.path.expanduser(name))
     if not exists(path):
         unfinished = about_unfinished(path.parent, path.name) if path.name.endswith((WEIGHTS, GGUF)) else ""
@@ -101,6 +104,24 @@ def open_output(name: str) -> MadeOutput:
         raise UsageError(f"{quote(name)} is a part of the output {quote(str(path.parent))}. Name that")
     told = _told(read_header(path, 0).metadata.get(RECEIPT_KEY), name)
     return MadeOutput(name, path, path.name, (path,), told, None)
+
+
+def _elsewhere(name: str) -> MadeOutput:
+    """An output at an address: its small files are fetched, and its weights stay there."""
+    from fastinterp.checkpoint import hub
+
+    with hub.one_run():
+        checkpoint = open_checkpoint(name)
+        if not checkpoint.whole_folder:
+            path = checkpoint.files[0]
+            told = _told(checkpoint.metadata.get(RECEIPT_KEY), name)
+            return MadeOutput(name, path, path.name, (path,), told, None)
+        made = _of_folder(name, checkpoint.root)
+        if made.receipt is not None and checkpoint.site is not None:
+            checkpoint.site.fetch(made.receipt.files)
+        elif made.receipt is not None and checkpoint.snapshot is not None:
+            hub.fetch(checkpoint.snapshot, checkpoint.root, made.receipt.files)
+        return made
 
 
 def _of_folder(name: str, path: Path) -> MadeOutput:
@@ -147,7 +168,7 @@ def refuse_numerics(told: Told, name: str) -> None:
 def several_in(name: str) -> list[str]:
     """The outputs in a folder that is none itself; empty, if it is one, or has none."""
     path = Path(os.path.expanduser(name))
-    if not is_folder(path) or is_file(path / RECEIPT):
+    if is_url(name) or not is_folder(path) or is_file(path / RECEIPT):
         return []
     folders = [p for p in outputs_in(path) if is_folder(p)]
     files = [p for p in outputs_in(path) if not is_folder(p)]

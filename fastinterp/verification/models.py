@@ -12,6 +12,7 @@ from fastinterp.checkpoint.names import quote, shell_word
 from fastinterp.errors import CheckpointError, UsageError
 from fastinterp.messages import listed, suggestion
 from fastinterp.presence import is_folder
+from fastinterp.urls import is_url
 from fastinterp.verification.made_output import MadeOutput
 from fastinterp.verification.recipes import named_paths
 
@@ -93,6 +94,8 @@ def _find(name: str, made: MadeOutput, folders: Sequence[Path]) -> str | None:
     for candidate in _near(name, made):
         if _is_there(candidate) and os.path.realpath(candidate) != own:
             return str(candidate)
+    if is_url(name):
+        return name
     # What has no `/` may be an id, too, of the first years; but most are the last parts of absolute paths.
     return name if "/" in name and not made.told.private and hub.parse(name) is not None else None
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from fastinterp.checkpoint import remote
+from fastinterp.checkpoint.regular_file import close, read_at
 from fastinterp.execute.sources import storage
 from fastinterp.execute.to_memory import filling
 from fastinterp.ops.dtypes import DType
@@ -106,12 +108,19 @@ class _Files:
 
     def pieces(self, path: Path, start: int, nbytes: int) -> Iterator[tuple[int, bytes]]:
         """(offset from `start`, bytes), in order. What is missing at the end of the file is left out."""
+        if (elsewhere := remote.find(path)) is not None:
+            for at in range(0, nbytes, _COMPARED):
+                data = bytearray(max(0, min(_COMPARED, nbytes - at, elsewhere.size - start - at)))
+                elsewhere.read_into(memoryview(data), start + at)
+                yield at, bytes(data)
+            return
         with storage(path):
             if path not in self._fds:
                 self._fds[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                self._stack.callback(os.close, self._fds[path])
-            for at in range(0, nbytes, _COMPARED):
-                yield at, os.pread(self._fds[path], min(_COMPARED, nbytes - at), start + at)
+                self._stack.callback(close, self._fds[path], path)
+            there = min(nbytes, os.fstat(self._fds[path]).st_size - start)
+            for at in range(0, there, _COMPARED):
+                yield at, read_at(self._fds[path], path, start + at, min(_COMPARED, there - at))
 
 
 def _compare(

@@ -16,12 +16,13 @@ from fastinterp.checkpoint.file_kinds import read_header
 from fastinterp.checkpoint.names import GGUF, WEIGHTS, is_relative, names_file, quote
 from fastinterp.checkpoint.regular_file import pieces_of
 from fastinterp.checkpoint.sidecar_files import refuse_link
-from fastinterp.errors import CheckpointError, UsageError
+from fastinterp.errors import CheckpointError, FastinterpError, UsageError
 from fastinterp.execute.checksums import small_file
 from fastinterp.execute.report import Report
 from fastinterp.execute.to_files import write_outputs
 from fastinterp.messages import listed
 from fastinterp.methods import Method, given
+from fastinterp.output.address import uploads
 from fastinterp.output.receipt import RECEIPT
 from fastinterp.plan.given_sums import with_sums
 from fastinterp.presence import file_size
@@ -49,6 +50,7 @@ class Replay(msgspec.Struct, frozen=True):
 
     @property
     def exit_code(self) -> int:
+        """0 the same bytes; 1 others."""
         return 0 if self.same else 1
 
     def as_dict(self) -> dict[str, Any]:
@@ -70,6 +72,7 @@ class Replay(msgspec.Struct, frozen=True):
         return self.summary()
 
 
+@uploads
 def replay(
     output: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -109,7 +112,11 @@ def replay(
             [plan], [[target]], device=device, threads=threads, max_memory=size_of(max_memory), force=force,
             durable=durable, progress=callback_of(progress), edit_files=edit_files,
         )  # fmt: skip
-    return Replay(report, _differences(made, open_output(target)))
+    try:
+        return Replay(report, _differences(made, open_output(target)))
+    except FastinterpError as error:
+        error.outcome = "the output is complete, but is not compared with the receipt"  # type: ignore[attr-defined]
+        raise
 
 
 def _as_listed(made: MadeOutput, recipe: Recipe, files: dict[str, bytes | Path]) -> None:

@@ -13,7 +13,8 @@ from fastinterp.arguments import path_of, size_of
 from fastinterp.backends.cpu import Progress
 from fastinterp.checkpoint.checksum import UNKNOWN
 from fastinterp.checkpoint.file_kinds import read_header
-from fastinterp.errors import CheckpointError, ShapeError, StorageError, UsageError
+from fastinterp.checkpoint.remote import opened, read_up_to
+from fastinterp.errors import CheckpointError, ShapeError, StorageError, UnreadableError, UsageError
 from fastinterp.messages import counted, listed, plain, seconds, size
 from fastinterp.methods import Method, given
 from fastinterp.output.receipt import RECEIPT
@@ -37,8 +38,9 @@ class Verification:
     """What became of a verification.
 
     output       as it was named
-    findings     files that are not what the receipt says
-    differences  tensors that are not what the recipe gives, of those that were computed again
+    findings     files that are not what the receipt says; each has file, what and tensors
+    differences  tensors that are not what the recipe gives, of those that were computed again; each has file, tensor,
+                 element (the first that differs), elements (how many do) and compared
     files        number of files that were compared with checksums
     nbytes       bytes of these
     recomputed   bytes of the output that were computed again
@@ -46,6 +48,7 @@ class Verification:
     of           bytes of all tensors
     unverified   why it was not computed again; empty, if it was, or was not asked for
     notes        for people
+    wall_s       time that it took, seconds
     """
 
     output: str
@@ -248,11 +251,13 @@ def _places(plan: Plan, made: MadeOutput) -> tuple[dict[str, Place], list[Findin
         path = made.path if made.file else made.folder / file.name
         try:
             header = read_header(path, 0)
+        except UnreadableError:
+            raise
         except CheckpointError as error:
             findings.append(Finding(file.name, str(error)))
             continue
-        with open(path, "rb") as stream:
-            own = stream.read(len(file.header))
+        with opened(str(path)) as stream:
+            own = read_up_to(stream, path, 0, len(file.header))
         at, length = file.checksum_at, len(UNKNOWN)
         if at is not None:
             own = own[:at] + file.header[at : at + length] + own[at + length :]

@@ -409,7 +409,8 @@ def test_short_and_quiet_runs_show_no_progress(monkeypatch, quiet):
 @pytest.mark.parametrize(
     ("nbytes", "text"),
     [(0, "0 B"), (999, "999 B"), (1000, "1.00 KB"), (9994, "9.99 KB"), (9996, "10.0 KB"), (99_960, "100 KB"),
-     (999_499, "999 KB"), (999_500, "1.00 MB"), (2_200_096_768, "2.20 GB"), (3 * 10**12, "3.00 TB")],
+     (999_499, "999 KB"), (999_500, "1.00 MB"), (2_200_096_768, "2.20 GB"), (3 * 10**12, "3.00 TB"),
+     (2**64 - 1, "18.4 EB"), (10**21, "1000 EB")],
 )  # fmt: skip
 def test_size_has_three_digits(nbytes, text):
     assert text == size(nbytes)

@@ -15,17 +15,17 @@ import fastinterp
 from fastinterp.backends import registry as backends
 from fastinterp.backends import torch_device as resident_devices
 from fastinterp.backends.registry import DeviceSpec, device_spec, find_devices
-from fastinterp.errors import BackendError, RecipeError
+from fastinterp.errors import BackendError, RecipeError, UsageError
 from fastinterp.execute import device_choice
-from fastinterp.execute.device.executor import SLOT_BYTES, SLOTS
-from fastinterp.execute.rounds import DeviceUsage
+from fastinterp.execute.device.executor import SLOT_BYTES, SLOTS, device_window, slots_of
+from fastinterp.execute.rounds import DeviceUsage, PumpExecutor
 from fastinterp.inspect.explain import Explanation
 from fastinterp.ops.dtypes import BF16
 from fastinterp.plan.plan import Plan
 from fastinterp.system import doctor
 from tests.cli.test_cli import run as command
 from tests.support.checkpoints import family, recipe, saved, write_sparse
-from tests.support.devices.fake_device import FakeDevice
+from tests.support.devices.fake_device import FakeDevice, Fault
 from tests.support.written import tree
 
 
@@ -181,6 +181,13 @@ def test_the_estimate_follows_its_constants(tmp_path, driver):
     assert choice.device_s == pytest.approx(start + copies)
 
 
+def test_more_threads_have_more_slots():
+    """A thread that reads or writes has one of its own, as far as half of --max-memory allows."""
+    assert [slots_of(n) for n in (1, 8, 16, 24, 32, 64)] == [8, 8, 12, 18, 24, 24]
+    assert device_window(1 << 40, 2, 64) == 2 * 24 * SLOT_BYTES
+    assert device_window(1 << 28, 2, 64) == 1 << 27
+
+
 def test_explain_says_what_auto_would_choose(tmp_path, driver, monkeypatch):
     plan, _ = planned(tmp_path, "linear", 10**6)
     explanation = Explanation(plan, 2, 1 << 29)
@@ -216,6 +223,80 @@ def test_auto_says_why_a_device_that_it_chose_cannot_be_used(tmp_path, driver, m
     report = fastinterp.merge(recipe("linear", saved(tmp_path, family(2)), weights=[0.5, 0.5]), tmp_path / "out")
     assert "chose cuda" in report.chosen and "; but device 'cuda' cannot be used: cuda: no driver" in report.chosen
     assert report.device.startswith("cpu ")
+
+
+@pytest.fixture
+def eager(driver, monkeypatch):
+    """`auto` chooses the device, whatever there is to do."""
+    for name, value in (("CONTEXT_S", 0.0), ("PIN_GB_S", 1e9), ("PLAIN_NS", 1e6)):
+        monkeypatch.setattr(device_choice, name, value)
+
+
+@pytest.mark.parametrize("call", ["memory", "host", "upload", "run", "download"])
+def test_the_processor_finishes_what_a_device_that_auto_chose_leaves(tmp_path, eager, monkeypatch, call):
+    """With a warning, whatever fails and whenever; the same failure of a device that was named is an error."""
+    asked = recipe("linear", saved(tmp_path, family(2)), weights=[0.5, 0.5])
+    want = fastinterp.merge(asked, tmp_path / "cpu", device="cpu")
+    for at in (1, 2):
+        device = FakeDevice(faults=[Fault(call, at)])
+        monkeypatch.setattr(backends, "_backend", lambda name, d=device: backends._Backend(None, 1, lambda i: d))
+        report = fastinterp.merge(asked, tmp_path / f"auto {at}")
+        assert tree(tmp_path / "cpu") == tree(tmp_path / f"auto {at}")
+        if at == 2 and device.calls[call] < at:
+            continue  # all of it fits into one batch
+        (told,) = [w for w in report.warnings if "a device failed, and its work was done by others: cuda:0 Fake: " in w]
+        assert f"{call} {at} of cuda:0 failed on purpose" in told
+        assert report.on_cpu["left by a device that failed"] and device.held == {"host": 0, "memory": 0}
+        assert report.bytes_written == want.bytes_written
+        with pytest.raises(BackendError, match="no device is left to merge on"):
+            named = FakeDevice(faults=[Fault(call, at)])
+            monkeypatch.setattr(backends, "_backend", lambda name, d=named: backends._Backend(None, 1, lambda i: d))
+            fastinterp.merge(asked, tmp_path / f"named {at}", device="cuda")
+
+
+def test_auto_needs_no_more_memory_than_the_processor(tmp_path, eager, monkeypatch):
+    """With a limit that is enough for the processor alone, before the merge begins and in the middle of it."""
+    asked = recipe("linear", saved(tmp_path, family(2)), weights=[0.5, 0.5])
+    fastinterp.merge(asked, tmp_path / "cpu", device="cpu", max_memory=200_000, threads=1)
+    device = FakeDevice()
+    monkeypatch.setattr(backends, "_backend", lambda name: backends._Backend(None, 1, lambda i: device))
+    report = fastinterp.merge(asked, tmp_path / "auto", max_memory=200_000, threads=1)
+    assert tree(tmp_path / "cpu") == tree(tmp_path / "auto") and device.pieces == 0
+    assert "; but --max-memory allows 200000 bytes, but merging on accelerators takes" in report.chosen
+
+    def short(self: Any, steps: Any) -> Any:
+        if self._window:
+            raise UsageError("one thread needs more than --max-memory allows")
+        return pump(self, steps)
+
+    pump = PumpExecutor._pump
+    monkeypatch.setattr(PumpExecutor, "_pump", short)
+    monkeypatch.setattr(PumpExecutor, "_window", 0, raising=False)
+    report = fastinterp.merge(asked, tmp_path / "later")
+    assert tree(tmp_path / "cpu") == tree(tmp_path / "later")
+    assert [w for w in report.warnings if "cuda:0 Fake: beside it, one thread needs more" in w]
+
+
+def test_a_device_that_cannot_run_kernels_is_missing(tmp_path, eager, monkeypatch):
+    """The next backend is tried, and `auto` goes on with the processor; a device that was named is an error."""
+
+    def open_one(index: int) -> Any:
+        raise BackendError("cuda:0, Old, cannot be used: this build has no kernels for its compute capability, 7.0")
+
+    def found(name: str) -> backends._Backend:
+        if name == "cuda":
+            return backends._Backend(None, 1, open_one)
+        return backends._Backend("torch is not there", 0, backends._none)
+
+    monkeypatch.setattr(backends, "_backend", found)
+    report = fastinterp.merge(recipe("linear", saved(tmp_path, family(2)), weights=[0.5, 0.5]), tmp_path / "out")
+    assert "; but device 'cuda' cannot be used: cuda: cuda:0, Old, cannot be used: this build" in report.chosen
+    assert report.device.startswith("cpu ")
+    assert backends.gpu_backends()["cuda"] == (
+        "cuda:0, Old, cannot be used: this build has no kernels for its compute capability, 7.0"
+    )
+    with pytest.raises(BackendError, match=r"no kernels for its compute capability, 7.0; triton: torch is not there"):
+        find_devices(device_spec("cuda:0"))
 
 
 def test_looking_for_a_device_loads_nothing():

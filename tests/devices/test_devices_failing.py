@@ -157,6 +157,24 @@ def test_a_signal_ends_all_threads(tmp_path, ends, use, monkeypatch):
     assert all(d.held == {"host": 0, "memory": 0} for d in found)
 
 
+def test_memory_is_freed_after_copies_that_an_exception_left(tmp_path, ends, use, monkeypatch):
+    """An exception between a copy and its kernels: nothing is under way any more when the merge ends."""
+    (found,) = use(FakeDevice(bytes_per_s=20e6))
+    queues: list[Any] = []
+    uploaded = fake_device.Queue.upload
+
+    def uploading(self: Any, *arguments: Any) -> None:
+        queues.append(self)
+        uploaded(self, *arguments)
+
+    monkeypatch.setattr(fake_device.Queue, "upload", uploading)
+    monkeypatch.setattr(fake_device.Queue, "run", lambda self, pieces: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fastinterp.merge(METHODS["linear"](ends), tmp_path / "out", device="cuda")
+    assert queues and all(queue._work.empty() for queue in queues)
+    assert found.held == {"host": 0, "memory": 0}
+
+
 def test_a_mistake_in_a_kernel_does_not_look_like_an_end(tmp_path, ends, use, monkeypatch):
     """An exception that nobody foresaw ends the merge."""
     use(FakeDevice())

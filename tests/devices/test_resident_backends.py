@@ -13,6 +13,8 @@ import pytest
 
 from fastinterp.backends import torch_device as resident_devices
 from fastinterp.errors import BackendError
+from fastinterp.execute.device import resident
+from fastinterp.ops.contract import STRIP
 from tests.in_memory.test_merge_tensors import WAYS
 from tests.support.devices import resident_cases
 from tests.support.devices.on_host import HostDevice, Streams, device, streams
@@ -67,6 +69,16 @@ def test_any_method_by_cuda(cuda: Cuda, way: str):
             resident_cases.method(way, cuda.finish)
     else:
         resident_cases.method(way, cuda.finish)
+
+
+@pytest.mark.parametrize("way", ["ties", "breadcrumbs", "sce"])
+def test_more_elements_than_are_counted_at_a_time(cuda: Cuda, monkeypatch: pytest.MonkeyPatch, way: str):
+    """A tensor of 2^32 elements and more is counted in parts."""
+    resident_cases.method(way, cuda.finish)
+    whole = cuda.launches
+    monkeypatch.setattr(resident, "MOST_COUNTED", STRIP)
+    resident_cases.method(way, cuda.finish)
+    assert cuda.launches - whole > whole
 
 
 def test_live_by_cuda(cuda: Cuda):

@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import yaml
 
+from fastinterp.execute.resume.records import Round
+from fastinterp.output.journal import take_over
 from tests.support import gguf_models, quantised_models
 from tests.support.models import layers, save
 from tests.support.written import tree
@@ -67,18 +69,21 @@ CASES: dict[str, tuple[Any, list[str]]] = {
     "encoded": ({"merge_method": "linear", "models": PLAIN, "quantize": "same"}, ONE),
     "gguf": ({"merge_method": "linear", "models": PLAIN}, ["merge", "recipe.yml", "OUT.gguf"]),
     "large": ({"merge_method": "linear", "models": PLAIN}, ONE),
+    "integers": ({"merge_method": "linear", "models": PLAIN}, ONE),  # copied: they have no statistics
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders with the models base, a and c: plain ones, encoded ones, and such of GGUF."""
-    folders = {kind: tmp_path_factory.mktemp(kind) for kind in ("plain", "encoded", "gguf", "large")}
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in ("plain", "encoded", "gguf", "large", "integers")}
     for name, noise in (("base", 0.0), ("a", 0.1), ("c", 0.2)):
         save(folders["plain"] / name, layers(1, count=6, noise=noise))
     for name, seed in (("a", 1), ("c", 2)):
         rng = np.random.default_rng(seed)
         save(folders["large"] / name, {f"t{i}": rng.normal(size=(64, 300)).astype(np.float32) for i in range(8)})
+        both: dict[str, Any] = {"w": rng.normal(size=(4, 8)).astype(np.float32), "i": np.arange(16)}
+        save(folders["integers"] / name, {f"{kind}{i}": tensor for i in range(3) for kind, tensor in both.items()})
     form = quantised_models.FORMS["blocks"]
     quantised_models.saved(folders["encoded"], form, quantised_models.family(form, 2))
     (folders["encoded"] / "b").rename(folders["encoded"] / "c")
@@ -221,6 +226,22 @@ def test_what_is_left_of_another_run_is_refused(case, change):
     assert (forced.returncode, shares(forced.stderr)) == (0, []), forced.stderr
     assert not [name for name in case.outputs("killed") if "/." in name]
     assert json.loads(forced.stdout)["resumed"] is None
+
+
+@pytest.mark.parametrize("case", ["linear"], indirect=True)
+def test_notes_that_do_not_fit_the_output_are_one_line_and_the_remedy_works(case):
+    """As no run writes them: statistics of fewer tensors than are finished."""
+    unfinished(case)
+    (path,) = (case.folder / "killed").glob(".fastinterp*")
+    journal = take_over(path)
+    assert journal is not None
+    journal.append("round", Round(0, tensors=(0,)))
+    journal.close()
+    again = case.run("killed")
+    assert again.returncode == 4 and "what a run noted of it does not fit it" in error_of(again)
+    subprocess.run(["sh", "-c", error_of(again).split("`")[1]], check=True, cwd=case.folder)
+    assert case.run("killed").returncode == 0
+    assert case.outputs("killed") == case.files
 
 
 @pytest.mark.parametrize("case", ["shards"], indirect=True)

@@ -45,8 +45,7 @@ def run(hub, tmp_path):
         own = {**CLEAN, **environment(hub, tmp_path / "home"), "PYTHONPATH": str(ROOT), "ROUND": "160000", **env}
         return subprocess.run(
             [sys.executable, PROGRAM, "merge", "recipe.yml", out, "--stream", "--max-memory", "4MB", "--json", *more],
-            cwd=tmp_path, env=own,
-            capture_output=True, text=True, timeout=120, check=False,
+            cwd=tmp_path, env=own, capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
 
     return run

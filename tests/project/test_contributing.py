@@ -65,9 +65,10 @@ def test_layouts_of_csrc(dtype):
 @pytest.mark.parametrize("dtype", MERGING, ids=str)
 def test_switches_over_dtypes(dtype):
     """Of the CUDA kernels: elements are loaded, one by one and in units, and stored."""
-    sums, values = text("csrc/cuda/sums.h"), text("csrc/cuda/values.h")
-    assert f"widen_at<T, DType::{dtype}>(" in sums and f"unit<T, DType::{dtype}>(" in values
+    sums, values, stores = (text(f"csrc/cuda/{name}.h") for name in ("sums", "values", "stores"))
+    assert f"widen_at<T, DType::{dtype}>(" in sums and f"widen_unit_of<T, DType::{dtype}>(" in values
     assert re.search(rf"(code_by|narrow)<DType::{dtype},", sums)
+    assert re.search(rf"store_unit_(by|as)<DType::{dtype},", stores)
 
 
 # --- instruction sets ------------------------------------------------------------------------------------------------

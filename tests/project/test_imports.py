@@ -22,7 +22,7 @@ SOURCES = sorted({*(ROOT / "fastinterp").rglob("*.py"), *(ROOT / "fastinterp" / 
 
 # Each part of the package, and the parts it may import beside itself. The most specific name counts: a module of
 # ops/ that is not named here belongs to `ops`. Parts that import nothing but themselves are leaves.
-LEAVES = {"errors", "messages", "html", "progress", "presence", "_version"}
+LEAVES = {"errors", "messages", "html", "progress", "presence", "urls", "_version"}
 CONTRACT = {"ops", "ops.steps"}
 PLANNING = LEAVES | CONTRACT | {"arguments", "recipe", "methods", "checkpoint", "output", "tokenizer"}
 RUNNING = PLANNING | {"plan", "backends", "execute"}
@@ -32,6 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "html": set(),
     "progress": set(),
     "presence": {"errors"},
+    "urls": {"errors"},
     "_version": set(),
     "_C": set(),
     "_cuda": set(),
@@ -65,7 +66,7 @@ TOP = {"", "api", "cli", "__main__", "system.doctor", "system", "bench", "integr
 # What takes long to load, and which parts of the package a merge from the command line goes through.
 HEAVY = {"torch", "numpy", "rich", "huggingface_hub", "transformers", "triton", "safetensors", "pydantic", "asyncio"}
 MERGE_PATH = {"", "api", "arguments", "cli", "__main__", "_version", "errors", "messages", "methods", "recipe"}
-MERGE_PATH |= {"ops", "checkpoint", "output", "tokenizer", "plan", "execute"}
+MERGE_PATH |= {"urls", "ops", "checkpoint", "output", "tokenizer", "plan", "execute"}
 
 # The same for csrc/: a file (or pattern) and the files of csrc/ that it may include.
 MAY_INCLUDE: dict[str, set[str]] = {

@@ -90,6 +90,11 @@ def test_the_architecture_names_every_file():
     assert [name for name in sorted(python | native) if name not in named and not kinds.match(name)] == []
 
 
+def test_the_architecture_names_every_file_of_the_site():
+    text = (ROOT / "docs" / "ARCHITECTURE.md").read_text("utf-8")
+    assert [path.name for path in (ROOT / "website").glob("*.py") if f"`website/{path.name}`" not in text] == []
+
+
 @pytest.mark.parametrize("page", ["docs/ARCHITECTURE.md", "CONTRIBUTING.md"])
 def test_paths_in_backquotes_exist(page):
     """Of files and folders of the project, as `csrc/cpu/` or `ops/steps.py`, but for names in capitals."""

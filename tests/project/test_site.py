@@ -38,7 +38,9 @@ class Reader(HTMLParser):
         self.loaded: list[str] = []
         self.anchors: set[str] = set()
         self.sections: dict[str, str] = {}
+        self.items = 0  # of numbered lists
         self._section, self._heading = "", False
+        self._lists: list[str] = []
         self.feed(page.read_text("utf-8"))
 
     def handle_starttag(self, tag, attrs):
@@ -49,6 +51,9 @@ class Reader(HTMLParser):
         if re.fullmatch("h[1-6]", tag) and name:
             self._section, self._heading = name, True
             self.sections[name] = ""
+        if tag in ("ol", "ul"):
+            self._lists.append(tag)
+        self.items += tag == "li" and self._lists[-1:] == ["ol"]
         if tag == "a" and found.get("href"):
             self.links.append(found["href"])
         elif tag in ("script", "img", "iframe", "source"):
@@ -57,6 +62,8 @@ class Reader(HTMLParser):
             self.loaded.append(found["href"])
 
     def handle_endtag(self, tag):
+        if tag in ("ol", "ul"):
+            self._lists.pop()
         self._heading = self._heading and not re.fullmatch("h[1-6]", tag)
 
     def handle_data(self, data):
@@ -87,6 +94,15 @@ def test_every_method_and_command_has_a_section(pages):
     assert [n for n in methods.names() if len(pages["method-reference.html"].sections.get(n, "")) < 100] == []
     names = [*COMMANDS, "fastinterp-mergekit"]
     assert [n for n in names if len(pages["commands.html"].sections.get(n, "")) < 100] == []
+
+
+def test_marks_of_docstrings_are_shown_as_they_are(pages):
+    """No backslash is left of those that keep Markdown from reading them."""
+    made = ("api", "integrations-api", "methods-api", "method-reference", "commands")
+    text = "\n".join(text for name in made for text in pages[f"{name}.html"].sections.values())
+    assert re.findall(r".{0,30}\\[*_<>|#\[\]].{0,30}", text) == []
+    joined = re.sub(r"\s", "", text)
+    assert "<v_i,v_j>" in joined and "a,b={" in joined and "{'w':array(" in joined
 
 
 def test_every_page_is_in_the_navigation(pages):
@@ -128,6 +144,8 @@ def test_links_of_github_become_links_of_the_site(pages):
     """And bars in the code of tables are bars in both."""
     assert "INSTALL.html" in pages["index.html"].links and "SECURITY.html" in pages["INSTALL.html"].links
     assert "benchmarks/results/results.svg" in pages["performance.html"].loaded
+    rules = re.findall(r"^(\d+)\. ", (ROOT / "docs" / "NUMERICS.md").read_text("utf-8"), re.MULTILINE)
+    assert pages["NUMERICS.html"].items == len(rules) > 15  # with blocks of code between them
     assert "sum_i |x_i|/n" in " ".join(pages["methods.html"].sections.values())
 
 

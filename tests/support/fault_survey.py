@@ -34,6 +34,8 @@ MODULES = (  # loaded once, before runs are forked
     "fastinterp.cli.merge", "fastinterp.cli.sweep", "fastinterp.cli.inspect", "fastinterp.cli.lora", "fastinterp.api",
     "fastinterp.execute.to_files", "fastinterp.inspect.check", "fastinterp.inspect.explain",
     "fastinterp.inspect.compare", "fastinterp.inspect.describe", "fastinterp.lora.extract", "fastinterp.paths.sweep",
+    "fastinterp.cli.average", "fastinterp.cli.verify", "fastinterp.verification.verify",
+    "fastinterp.verification.replay",
 )  # fmt: skip
 _TIMES = re.compile(r"[0-9.]+ ?(?:s|ms|[KMG]?B/s)\b")  # that differ between runs
 
@@ -75,7 +77,18 @@ class Place:
             "explain": ["explain", recipe],
             "inspect": ["inspect", self.a],
             "diff": ["diff", *pair],
+            "average": ["average", root / "[ab]", "--in-order", *to],
+            "verify": ["verify", root / "made", "--full", "--inputs"],
+            "replay": ["replay", root / "made", *to],
         }
+
+    def prepared(self, server: FaultServer, name: str) -> None:
+        """Nothing at the output's place but what the command replaces; and the output that it reads."""
+        self.clear()
+        if name == "force":
+            server.run(self.commands["interpolate"])
+        if name in ("verify", "replay") and not (self.root / "made").exists():
+            server.run(["merge", self.root / "ties.yml", self.root / "made"])
 
     def clear(self) -> None:
         shutil.rmtree(self.out, ignore_errors=True)
@@ -96,14 +109,10 @@ def survey(
 
     picked  only these calls, of those that `traced` has
     """
-    if name == "force":
-        server.run(place.commands["interpolate"])
     good, expected, every = traced(server, place, name)
     for call in every if picked is None else picked:
         for outcome in OUTCOMES.get(call.name, ("EIO",)) if call.nth <= most else ():
-            place.clear()
-            if name == "force":
-                server.run(place.commands["interpolate"])
+            place.prepared(server, name)
             rule = f"{call.name}:{call.nth}:{outcome}"
             run = server.run(place.commands[name], rule, [place.root])
             why = _wrong(run, place, name, good, expected)
@@ -112,9 +121,7 @@ def survey(
 
 def traced(server: FaultServer, place: Place, name: str) -> tuple[Run, dict[str, bytes], list[Call]]:
     """The command without faults: how it ended, what it wrote, and its calls."""
-    place.clear()
-    if name == "force":
-        server.run(place.commands["interpolate"])
+    place.prepared(server, name)
     trace = place.root.with_name(f"{place.root.name}.trace")
     trace.unlink(missing_ok=True)
     run = server.run(place.commands[name], under=[place.root], trace=trace)
@@ -137,7 +144,7 @@ def _wrong(run: Run, place: Place, name: str, good: Run, expected: Mapping[str, 
         return "" if same or expected else "it says success, but its text differs"
     if len(run.err.strip().splitlines()) > 1:
         return f"several lines: {run.err}"
-    said = run.out + run.err if name == "check" else run.err  # of what it cannot check it tells on stderr
+    said = run.out + run.err if name in ("check", "verify") else run.err  # what is wrong is their result
     if str(place.root) not in said and "not enough memory" not in said and "no thread" not in said:
         return f"it names no file: {said}"
     # A journal without a record: the next run takes it.

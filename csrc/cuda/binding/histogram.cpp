@@ -10,7 +10,6 @@ namespace cuda {
 namespace {
 
 constexpr int64_t kStripElements = kStripUnits * kUnit;
-constexpr int kResident = 4;  // blocks in each multiprocessor
 
 // The result of a histogram, fetched from the device: two counts of each bracket, then all bins.
 class Histograms : public Pending {
@@ -66,9 +65,6 @@ int64_t find_strips(const ParsedPiece& piece, HistogramTask* task) {
 
 // Launches the kernel, up to kMostBrackets brackets at a time.
 void launch(Queue* queue, const std::vector<ParsedBracket>& ranked, HistogramTask task) {
-  int processors = 0;
-  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, queue->device()), "cudaDeviceGetAttribute",
-        queue->device());
   uint32_t bin = 0;
   int64_t* const counts = task.counts;
   for (size_t done = 0; done < ranked.size(); done += size_t(task.n_brackets)) {
@@ -79,7 +75,7 @@ void launch(Queue* queue, const std::vector<ParsedBracket>& ranked, HistogramTas
       task.brackets[b] = {r.input, r.shift, r.low, r.high - r.low, bin};
       bin += uint32_t(r.bins());
     }
-    histogram(task, uint32_t(processors * kResident), queue->stream());
+    histogram(task, queue->stream());
     check_launch("histogram", queue->device());
   }
 }

@@ -17,15 +17,17 @@ void add_terms(const ParsedMaskedOutput& output, MaskedSumTask* task) {
     return input;
   };
   task->reads = 0;
+  task->random = false;
   task->base = reads(output.base);
   task->n_terms = int(output.terms.size());
   task->important = output.important;
   for (size_t i = 0; i < output.terms.size(); ++i) {
     const ParsedTerm& term = output.terms[i];
-    task->terms[i] = {reads(term.input),  term.importance < 0 ? -1 : reads(term.importance),
-                      term.weight,        term.sign_weight,
-                      term.share,         term.sole_weight,
-                      range_of(term.test)};
+    task->terms[i] = {reads(term.input), term.importance < 0 ? -1 : reads(term.importance),
+                      term.weight,       term.weight * 1e-6,
+                      term.sign_weight,  term.share,
+                      term.sole_weight,  range_of(term.test)};
+    task->random = task->random || task->terms[i].test.limit < kWords;
   }
   task->elects_signs = output.elects_signs;
   task->divides = output.divides;

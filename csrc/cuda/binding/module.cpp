@@ -89,6 +89,7 @@ PYBIND11_MODULE(_cuda, m) {
     return names;
   });
   m.def("device_count", &fi::cuda::device_count, Free());
+  m.def("unusable", &fi::cuda::unusable, py::arg("device"), Free());
 
   py::class_<Buffer>(m, "Buffer", local, py::buffer_protocol())
       .def_buffer(&bytes_of)

@@ -36,6 +36,8 @@ def missing() -> str:
         import triton  # only where it is of use: some versions print a list of leaks at exit
     except ImportError as error:
         return f"{error.name} is not installed: pip install 'fastinterp[gpu]'"
+    except (OSError, RuntimeError) as error:  # of libraries that torch loads, and of a driver that is broken
+        return f"torch cannot be used: {(str(error).splitlines() or [''])[0]}"
     oldest = OLDEST_INTERPRETER if interpreted() else OLDEST
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < oldest:
         return f"triton {triton.__version__} rounds differently: {oldest[0]}.{oldest[1]} or newer is needed"

@@ -140,17 +140,18 @@ class Work:
     """The batches of one round, shared by the threads of all devices. All methods are thread-safe.
 
     workers  number of devices that take part
+    or_cpu   that none of them is left is no error: the round ends with what is done
 
     `error` is the error that stopped the round: an exception, or an error tuple of the pump (_C.pyi).
     """
 
-    def __init__(self, waiting: Sequence[Batch], workers: int):
+    def __init__(self, waiting: Sequence[Batch], workers: int, *, or_cpu: bool = False):
         self.batches, self._every = len(waiting), tuple(waiting)
         self.bytes_read = self.bytes_written = 0  # of batches that are done
         self.error: BaseException | tuple[Any, ...] | None = None
         self.lost: list[str] = []  # the reason for each device that failed
         self._waiting = deque(waiting)
-        self._left, self._workers, self._stopped = len(waiting), workers, False
+        self._left, self._workers, self._stopped, self._or_cpu = len(waiting), workers, False, or_cpu
         self._changed = threading.Condition()
 
     @property
@@ -206,10 +207,11 @@ class Work:
             self.lost.append(why)
             self._workers -= 1
             if not self._workers and self._left and self.error is None:
-                self.error = BackendError(
-                    f"no device is left to merge on: {'; '.join(self.lost)}. Use --device cpu, or a device with "
-                    "nothing else on it"
-                )
+                if not self._or_cpu:
+                    self.error = BackendError(
+                        f"no device is left to merge on: {'; '.join(self.lost)}. Use --device cpu, or a device with "
+                        "nothing else on it"
+                    )
                 self._stopped = True
             self._changed.notify_all()
 

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import TYPE_CHECKING
 
-from fastinterp.backends.cpu import Handle, SinkHandle, memory_address
+from msgspec.structs import replace
+
+from fastinterp.backends.cpu import SinkHandle, SourceHandle, memory_address
 from fastinterp.backends.device import Piece
 from fastinterp.errors import BackendError
 from fastinterp.execute.jobs.job import Result
 from fastinterp.execute.jobs.tensor_io import TensorStep
+from fastinterp.ops.dtypes import CODE_BYTES
 from fastinterp.ops.operands import Stored
-from fastinterp.ops.steps import Step, SumStep, WritingStep
+from fastinterp.ops.steps import Histogram, Step, SumStep, WritingStep
 
 if TYPE_CHECKING:
     from fastinterp.backends.device import Device, Pending, Queue
 
+# Elements that a histogram counts at a time: devices have bins of 32 bits. A multiple of STRIP.
+MOST_COUNTED = 1 << 31
 _UNBOUNDED = 1 << 62  # bytes of scratch: the memory of the models themselves is the limit
 
 
@@ -36,7 +42,7 @@ class ResidentExecutor:
         self,
         device: Device,
         queue: Queue,
-        sources: Sequence[Handle],
+        sources: Sequence[SourceHandle],
         sinks: Sequence[SinkHandle],
         *,
         stats_every: int = 0,
@@ -54,17 +60,20 @@ class ResidentExecutor:
         awaited = [k for k, wait in enumerate(waits) if wait]
         written = [k for k, wait in enumerate(waits) if not wait]
         results = [Result(None, [{} for _ in _sinks(step.native)]) for step in steps]
-        pending: list[Pending] = []
+        pending: list[list[Pending]] = []
         event = None
         if awaited:
-            pending = self._queue.run([pieces[k] for k in awaited])
+            cut = [_cut(pieces[k]) for k in awaited]
+            every = iter(self._queue.run([piece for some in cut for piece in some]))
+            pending = [list(islice(every, len(some))) for some in cut]
             event = self._queue.record()
         if written:  # these run while the answers are processed
             self._queue.run([pieces[k] for k in written])
         if event is not None:
             event.wait()
-        for k, one in zip(awaited, pending, strict=True):
-            results[k] = Result(one.answer(), one.stats())
+        for k, some in zip(awaited, pending, strict=True):
+            answer = some[0].answer() if len(some) == 1 else steps[k].native.join([one.answer() for one in some])
+            results[k] = Result(answer, some[0].stats())
         return results
 
     def pieces(self, steps: Sequence[TensorStep]) -> list[Piece]:
@@ -103,6 +112,22 @@ class ResidentExecutor:
             numel=native.numel,
             stats_every=self._stats_every,
         )
+
+
+def _cut(piece: Piece) -> list[Piece]:
+    """A piece, or the parts of one of a histogram that has more elements than are counted at a time."""
+    if not isinstance(piece.step, Histogram) or piece.numel <= MOST_COUNTED:
+        return [piece]
+    widths = [CODE_BYTES[code] for code in piece.codes]
+    return [
+        replace(
+            piece,
+            inputs=tuple(at + first * width for at, width in zip(piece.inputs, widths, strict=True)),
+            first=first,
+            numel=min(MOST_COUNTED, piece.numel - first),
+        )
+        for first in range(0, piece.numel, MOST_COUNTED)
+    ]
 
 
 def _sinks(step: Step) -> tuple[int, ...]:

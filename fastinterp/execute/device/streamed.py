@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
-from fastinterp.backends.cpu import Handle, SinkHandle, memory_address
+from fastinterp.backends.cpu import Handle, SinkHandle, SourceHandle, memory_address
 from fastinterp.backends.device import Piece
 from fastinterp.backends.torch_device import pinned
 from fastinterp.errors import BackendError
@@ -53,7 +53,7 @@ class StreamedExecutor:
     def __init__(
         self,
         queue: Queue,
-        sources: Sequence[Handle],
+        sources: Sequence[SourceHandle],
         sinks: Sequence[SinkHandle],
         filler: Callable[[list[Handle]], PumpExecutor],
     ):

@@ -22,11 +22,11 @@ from fastinterp.backends.cpu import Progress
 from fastinterp.backends.device import Device
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.checkpoint.names import names_file
-from fastinterp.errors import RankError
+from fastinterp.errors import RankError, UsageError
 from fastinterp.execute.distributed.peers import Peers, Rank
 from fastinterp.execute.distributed.unit_notes import kept_bytes, noted
 from fastinterp.execute.jobs.densities import Density
-from fastinterp.execute.report import OutputRecord, Report, RoundingEffect, kept_line, record_of, report_on
+from fastinterp.execute.report import OutputRecord, Report, RoundingEffect, kept_line, records_of, report_on
 from fastinterp.execute.resume.identity import identity_of
 from fastinterp.execute.rounds import DeviceUsage
 from fastinterp.execute.run import Done, run
@@ -47,6 +47,7 @@ from fastinterp.output.shared_folder import (
 )
 from fastinterp.plan.plan import Plan, plan_recipe
 from fastinterp.recipe.document import Source
+from fastinterp.urls import is_url
 
 _KEY = 12  # digits of the key of a merge
 _POLL_S = 0.05  # between polls of what the other ranks have finished
@@ -82,6 +83,12 @@ def merge(
         recipe, max_shard_size, dtype, rounding, seed, missing, channels, quantize, one_file=names_file(target),
         private=private,
     )  # fmt: skip
+    if is_url(target) or plan.streamed:
+        what = target if is_url(target) else plan.streamed[0]
+        raise UsageError(
+            f"{what} is an address, and processes of torchrun or srun share folders only. Run it in one process, or "
+            "copy it first"
+        )
     reports = carry_out(plan, [target], me, max_memory=size_of(max_memory), **settings)
     return reports[0] if reports else None
 
@@ -130,7 +137,7 @@ def carry_out(
             )
         work = _RankWork(
             plan, outs, key, peers, threads=threads, max_memory=max_memory, progress=progress, devices=devices,
-            verify_kept=verify_kept,
+            or_cpu=bool(chosen), verify_kept=verify_kept,
         )  # fmt: skip
         records = work.run(units)
         if me.rank != 0:
@@ -208,11 +215,11 @@ class _RankWork:
 
     def __init__(
         self, plan: Plan, outs: Sequence[str | os.PathLike[str]], key: str, peers: Peers, *, threads: int,
-        max_memory: int, progress: Progress | None, devices: Sequence[Device], verify_kept: bool,
+        max_memory: int, progress: Progress | None, devices: Sequence[Device], or_cpu: bool, verify_kept: bool,
     ):  # fmt: skip
         self._plan, self._outs, self._key, self._peers = plan, outs, key, peers
         self._threads, self._max_memory, self._progress = threads, max_memory, progress
-        self._devices, self._verify_kept = devices, verify_kept
+        self._devices, self._or_cpu, self._verify_kept = devices, or_cpu, verify_kept
         self._total = plan.bytes_read + plan.bytes_made + plan.bytes_written
 
     def run(self, units: Sequence[Unit]) -> list[dict[str, Any]]:
@@ -266,7 +273,7 @@ class _RankWork:
             done = run(
                 plan, FileSinks(plan, paths, synced=True), threads=self._threads, max_memory=self._max_memory,
                 progress=lambda of_unit, _: self._report(before + of_unit - self._peers.bytes_done),
-                devices=self._devices, notes=notes,
+                devices=self._devices, or_cpu=self._or_cpu, notes=notes,
             )  # fmt: skip
             self._peers.bytes_done = before + done.bytes_read + done.bytes_written
             record = {"files": list(unit.files), **_record(plan, done)}
@@ -296,7 +303,7 @@ def _parsed(unit: Unit, text: str | None) -> dict[str, Any] | None:
 
 def _record(plan: Plan, done: Done) -> dict[str, Any]:
     """The record of a unit, as plain values: counters, devices, and the records of its outputs."""
-    records = [record_of(plan, done.jobs, k) for k in range(len(plan.recipes))]
+    records = records_of(plan, done.jobs)
     return {
         "bytes_read": done.bytes_read, "bytes_written": done.bytes_written, "threads": done.threads, "isa": done.isa,
         "scratch_bytes": done.scratch_bytes, "usage": asdict(done.usage),

@@ -42,7 +42,7 @@ def noted(
     try:
         if journal.begun.merge != merge:
             journal.begin(merge)
-        kept = Kept.of(journal.read(ROUND, Round), len(plan.recipes))
+        kept = Kept.of(journal.read(ROUND, Round), plan)
         lost, record = verified(plan, 0, kept, paths, every=every, boot=system)
         if lost:
             tell(f"warning: {about_lost(plan, lost)}")
@@ -65,9 +65,9 @@ def kept_bytes(plan: Plan, place: Path, unit: Sequence[int]) -> int:
         if not records or msgspec.json.decode(records[0].value, type=Begin).merge != _text(unit):
             return 0
         rounds = [msgspec.json.decode(r.value, type=Round) for r in records if r.kind == ROUND]
+        return Kept.of(rounds, plan).nbytes(plan)
     except (CheckpointError, ValueError):
         return 0
-    return Kept.of(rounds, len(plan.recipes)).nbytes(plan)
 
 
 def _text(unit: Sequence[int]) -> str:

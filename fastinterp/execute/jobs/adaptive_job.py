@@ -11,7 +11,7 @@ from typing import Any, Literal, overload
 
 from fastinterp.backends import cpu
 from fastinterp.execute.jobs.densities import Density, densities
-from fastinterp.execute.jobs.job import Coefficients, Job, Result, is_copy
+from fastinterp.execute.jobs.job import Coefficients, Job, Result, Stats, is_copy
 from fastinterp.execute.jobs.tensor_io import TensorIO, TensorStep
 from fastinterp.ops import steps
 from fastinterp.ops.combine import GroupRow, Row
@@ -120,7 +120,7 @@ class AdaptiveJob(Job):
         if self._run.ended:
             pairs = zip(self._written, results, strict=True)
             by_output = {k: stats for outputs, r in pairs for k, stats in zip(outputs, r.stats, strict=True)}
-            self.stats, self.done = [by_output[k] for k in sorted(by_output)], True
+            self.stats, self.done = tuple(Stats(**by_output[k]) for k in sorted(by_output)), True
             self._run.clear()
             self._masks = None
             return

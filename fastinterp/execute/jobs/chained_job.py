@@ -69,7 +69,7 @@ class ChainedJob(Job):
     """
 
     def __init__(self, stages: Sequence[PlannedTensor], scratch: ScratchFile, sources: Sources, make: Make):
-        self.stats, self.done = [], False
+        self.stats, self.done = (), False
         self._cost = sum(entry.nbytes for stage in stages for entry in stage.inputs)
         self._waiting = list(stages)
         self._scratch, self._sources, self._make = scratch, sources, make

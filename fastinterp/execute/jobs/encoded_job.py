@@ -36,7 +36,7 @@ class EncodedJob(Job):
 
     def __init__(self, job: Job, io: TensorIO, encoding: OutputEncoding, scales: Sequence[Places]):
         self._job, self.io, self._encoding = job, io, encoding
-        self.stats, self.done = [], False
+        self.stats, self.done = (), False
         self._scales = dict(zip(zip(io.sinks, io.offsets, strict=True), scales, strict=True))
         pairs = zip(io.operands, encoding.alike, strict=True)
         self._alike = [operand for operand, alike in pairs if alike]

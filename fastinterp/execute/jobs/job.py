@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from fastinterp.execute.jobs.tensor_io import TensorIO, TensorStep
 from fastinterp.ops.combine import Row
 
@@ -17,12 +19,26 @@ if TYPE_CHECKING:
 Coefficients = Sequence[Mapping[str, Any] | None]
 
 
+class Stats(msgspec.Struct, frozen=True, gc=False):
+    """The statistics of one output of a tensor: see RoundingEffect of report.py. All 0 of a copy."""
+
+    sampled: int = 0
+    changed: int = 0
+    sum_pp: float = 0.0
+    sum_dd: float = 0.0
+    sum_od: float = 0.0
+    nan_in: int = 0
+    inf_in: int = 0
+    nan_out: int = 0
+    inf_out: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
     """The result of one step: its answer, None if it writes; and the statistics of each output that it wrote."""
 
     answer: Any
-    stats: list[dict[str, float]]
+    stats: list[dict[str, Any]]
 
 
 class Job:
@@ -33,9 +49,11 @@ class Job:
     `stats` has an entry per output when the job is done.
     """
 
+    __slots__ = ("done", "io", "rows", "stats")
+
     def __init__(self, io: TensorIO, rows: Sequence[Row]):
         self.io, self.rows = io, tuple(rows)
-        self.stats: list[dict[str, float]] = []
+        self.stats: Sequence[Stats] = ()
         self.done = False
 
     @property
@@ -64,7 +82,7 @@ class Job:
 
     def take(self, results: Sequence[Result]) -> None:
         """Take the result of each of `steps`."""
-        self.stats, self.done = results[0].stats, True
+        self.stats, self.done = tuple(Stats(**one) for one in results[0].stats), True
 
     def reads(self, k: int) -> tuple[int, ...]:
         """Indices of the inputs that output k was computed from."""

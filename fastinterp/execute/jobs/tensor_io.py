@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from fastinterp.ops import steps
 from fastinterp.ops.combine import Row, renumbered
 from fastinterp.ops.operands import Operand
@@ -27,8 +29,7 @@ class TensorStep:
     held: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class TensorIO:
+class TensorIO(msgspec.Struct, frozen=True, gc=False):
     """The input operands and the output locations of one tensor.
 
     operands        one per input, in the order in which sums number them

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
 from pathlib import Path
 from types import CodeType
 
@@ -13,7 +12,7 @@ import msgspec
 from fastinterp._version import __version__
 from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.checkpoint.regular_file import stamp_of
-from fastinterp.checkpoint.remote import open_readable, read_up_to
+from fastinterp.checkpoint.remote import opened, read_up_to
 from fastinterp.messages import listed
 from fastinterp.methods import is_own
 from fastinterp.ops.combine import NUMERICS
@@ -36,7 +35,7 @@ class Identity(msgspec.Struct, frozen=True):
     methods   a hash of the code of each method that is not of this package, as far as it shows: not of what it calls
     headers   a hash of the headers and names of the files of each output
     inputs    path -> size, mtime and ctime in ns, and a hash of the header: every file of weights, and of small files
-              that plans read. Of weights from the Hub: size, zeros, and the commit
+              that plans read. Of weights from the Hub: size, zeros, and the commit; of addresses the version
     """
 
     version: str
@@ -121,6 +120,10 @@ def _options(recipe: Recipe) -> dict[str, str | int | bool | None]:
 def _inputs(models: Sequence[Model]) -> dict[str, tuple[int, int, int, str]]:
     found: dict[str, tuple[int, int, int, str]] = {}
     for checkpoint in _with_adapters(model.checkpoint for model in models):
+        if checkpoint.site is not None:  # its folder here is another one in every run
+            versions = checkpoint.site.versions.items()
+            found |= {f"{checkpoint.site.url}/{name}": (size, 0, 0, version) for name, (size, version) in versions}
+            continue
         for path, stamp in zip(checkpoint.files, checkpoint.stamps, strict=True):
             if checkpoint.snapshot is not None:  # the commit is in the path, whether the file is here or still there
                 found[str(path)] = (stamp[0], 0, 0, checkpoint.snapshot.commit)
@@ -146,7 +149,7 @@ def _with_adapters(checkpoints: Iterable[Checkpoint | None]) -> list[Checkpoint]
 
 def _header(path: Path, size: int) -> str:
     """A hash of the header of a file of weights."""
-    with closing(open_readable(str(path))) as file:
+    with opened(str(path)) as file:
         start = read_up_to(file, path, 0, 8)
         length = int.from_bytes(start, "little") if path.name.endswith(".safetensors") else _START
         return _hashed([start, read_up_to(file, path, 8, min(length, size))])

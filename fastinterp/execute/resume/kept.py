@@ -37,9 +37,9 @@ class Kept:
     answers: Answers = field(default_factory=dict)
 
     @staticmethod
-    def of(rounds: Iterable[Round], outputs: int) -> Kept:
-        """From the records of one plan, which has so many outputs. Raises: ValueError, if they are not those of it."""
-        kept = Kept()
+    def of(rounds: Iterable[Round], plan: Plan) -> Kept:
+        """From the records of a plan. Raises: ValueError, if they are not those of it."""
+        kept, outputs = Kept(), len(plan.recipes)
         for one in rounds:
             for number in one.without:
                 kept.tensors.pop(number, None)
@@ -48,6 +48,10 @@ class Kept:
             kept.regions |= {(region.file, region.region): region for region in one.regions}
             kept.answers |= one.answers
             kept.last = one
+        files = sum(len(layout.files) for layout in plan.layouts)
+        numbers = {*kept.tensors, *(() if kept.last is None else (number for number, _ in kept.last.begun))}
+        if not numbers <= {*range(len(plan.tensors))} or not {file for file, _ in kept.regions} <= {*range(files)}:
+            raise ValueError("it names tensors or files that the output does not have")
         return kept
 
     def baseline(self, number: int, without: Sequence[int], boot: str) -> Round:
@@ -70,30 +74,29 @@ class Kept:
 class Places:
     """Where the tensors of a plan lie in the files of its outputs, which are numbered through: those of the first
     output first.
-
-    of  tensor -> (file, begin, end) of each part that is not empty
     """
 
     def __init__(self, plan: Plan):
         self.files: list[OutFile] = [file for layout in plan.layouts for file in layout.files]
-        self.of: list[list[tuple[int, int, int]]] = [[] for _ in plan.tensors]
-        sizes = {
-            name: (number, dtype.nbytes(math.prod(shape)) or 0)
-            for number, tensor in enumerate(plan.tensors)
-            for name, dtype, shape in tensor.entries
-        }
-        for at, file in enumerate(self.files):
-            for name, begin in file.places.items():
-                number, nbytes = sizes[name]
-                if nbytes:
-                    self.of[number].append((at, begin, begin + nbytes))
+        self._plan = plan
+
+    def of(self, number: int) -> list[tuple[int, int, int]]:
+        """(file, begin, end) of each part of a tensor that is not empty, output by output. number: in the plan"""
+        parts, first = [], 0
+        for layout in self._plan.layouts:
+            for name, dtype, shape in self._plan.tensors[number].entries:
+                if nbytes := dtype.nbytes(math.prod(shape)) or 0:
+                    file, begin = layout.place(name)
+                    parts.append((first + file, begin, begin + nbytes))
+            first += len(layout.files)
+        return parts
 
     def regions(self, tensors: Iterable[int]) -> list[tuple[int, int]]:
         """The regions that these tensors touch, as (file, region), each once."""
         return list(dict.fromkeys(
             (file, region)
             for number in tensors
-            for file, begin, end in self.of[number]
+            for file, begin, end in self.of(number)
             for region in range(begin // REGION_BYTES, (end - 1) // REGION_BYTES + 1)
         ))  # fmt: skip
 
@@ -136,7 +139,7 @@ def unsound(plan: Plan, kept: Kept, paths: Sequence[Path | None], *, every: bool
     sizes = [_size(path) for path in paths]
 
     def sound(number: int) -> bool:
-        parts = [part for part in places.of[number] if paths[part[0]] is not None]
+        parts = [part for part in places.of(number) if paths[part[0]] is not None]
         return (
             all(end <= sizes[file] for file, _, end in parts)
             and bad.isdisjoint(places.regions([number]))

@@ -63,7 +63,8 @@ class Notes:
             left, executor, (*others, *(by_number[number] for number in kept.tensors)), ROUND_BYTES, kept.answers
         )
         before = self._go_on(rounds, executor, by_number)
-        number_of = {id(job): number for number, job in by_number.items()}
+        number_of = {job: number for number, job in by_number.items()}
+        del by_number
         known = set(rounds.answers)
         done: list[Job] = []
         began, read = time.monotonic(), executor.bytes_read
@@ -74,14 +75,14 @@ class Notes:
             done += some
             if not done or (self._whole and not rounds.answers):
                 continue  # tensors are noted after the answers without which the others cannot go on
-            numbers = [number_of[id(job)] for job in done]
+            numbers = [number_of[job] for job in done]
             self._append(
                 Round(
                     self._number,
                     tuple(numbers),
-                    packed([job.stats for job in done]),
+                    packed((job.stats for job in done), self._outputs),
                     tuple(effects_of(job, self._outputs) for job in done),
-                    tuple((number_of[id(job)], count) for job, count in rounds.begun),
+                    tuple((number_of[job], count) for job, count in rounds.begun),
                     {request: answer for request, answer in rounds.answers.items() if request not in known},
                     self._regions(numbers, checksums),
                     executor.bytes_read,

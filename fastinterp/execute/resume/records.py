@@ -5,19 +5,19 @@ from __future__ import annotations
 import binascii
 import sys
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
+from msgspec.structs import astuple
 
 from fastinterp.execute.jobs.densities import Density
-from fastinterp.execute.jobs.job import Coefficients, Job
+from fastinterp.execute.jobs.job import Coefficients, Job, Stats
 from fastinterp.execute.jobs.tensor_io import TensorStep
 from fastinterp.execute.rounds import DeviceUsage
 from fastinterp.ops.requests import Selected
 
-# The statistics of one output of a tensor, as the kernels return them.
-STATS = ("sampled", "changed", "sum_pp", "sum_dd", "sum_od", "nan_in", "inf_in", "nan_out", "inf_out")
+_FIELDS = len(Stats.__struct_fields__)
 
 
 class Effect(msgspec.Struct, frozen=True, array_like=True):
@@ -49,7 +49,7 @@ class Round(msgspec.Struct, frozen=True, omit_defaults=True):
 
     plan      number of the plan in the run
     tensors   numbers of the tensors in the plan, which are finished
-    stats     float64 of each tensor and output: STATS; little endian, in base64
+    stats     float64 of each tensor and output: the fields of Stats; little endian, in base64
     effects   of each tensor, one per output
     begun     tensors that are not finished, of which a later round needs what earlier ones measured; and the number of
               these rounds
@@ -78,22 +78,33 @@ class Round(msgspec.Struct, frozen=True, omit_defaults=True):
     without: tuple[int, ...] = ()
 
 
-def packed(stats: Sequence[Sequence[Mapping[str, float]]]) -> str:
-    """The statistics of tensors, each with its outputs, for Round.stats. Those of copies may be empty."""
-    values = array("d", (output.get(name, 0.0) for tensor in stats for output in tensor for name in STATS))
+def packed(stats: Iterable[Sequence[Stats]], outputs: int) -> str:
+    """The statistics of tensors, each with its outputs, for Round.stats. Bytes that are copied have none: zeros."""
+    none = (Stats(),) * outputs
+    values = array("d", (value for tensor in stats for one in tensor or none for value in astuple(one)))
     if sys.byteorder == "big":
         values.byteswap()
     return binascii.b2a_base64(values.tobytes(), newline=False).decode()
 
 
-def unpacked(text: str, outputs: int) -> list[list[dict[str, float]]]:
-    """The statistics of each tensor, a mapping per output. Raises: ValueError."""
+def unpacked(text: str, outputs: int) -> list[tuple[Stats, ...]]:
+    """The statistics of each tensor, one per output. Raises: ValueError."""
     values = array("d")
     values.frombytes(binascii.a2b_base64(text))
     if sys.byteorder == "big":
         values.byteswap()
-    rows = [dict(zip(STATS, values[i : i + len(STATS)], strict=True)) for i in range(0, len(values), len(STATS))]
-    return [rows[i : i + outputs] for i in range(0, len(rows), outputs)]
+    if len(values) % _FIELDS:
+        raise ValueError("statistics are cut off")
+    rows = [_stats(values[i : i + _FIELDS]) for i in range(0, len(values), _FIELDS)]
+    return [tuple(rows[i : i + outputs]) for i in range(0, len(rows), outputs)]
+
+
+def _stats(values: Sequence[float]) -> Stats:
+    sampled, changed, pp, dd, od, *counts = values
+    try:
+        return Stats(int(sampled), int(changed), pp, dd, od, *map(int, counts))
+    except OverflowError:
+        raise ValueError("statistics count an infinite number of elements") from None
 
 
 def effects_of(job: Job, outputs: int) -> tuple[Effect, ...]:
@@ -106,7 +117,7 @@ def effects_of(job: Job, outputs: int) -> tuple[Effect, ...]:
 class FinishedJob(Job):
     """The job of a tensor that an earlier process has finished: what it said of its outputs."""
 
-    def __init__(self, stats: list[dict[str, float]], effects: Sequence[Effect]):
+    def __init__(self, stats: Sequence[Stats], effects: Sequence[Effect]):
         self._effects = effects
         self.stats, self.done = stats, True
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastinterp.errors import CheckpointError, UsageError
+from fastinterp.errors import CheckpointError, OutputError, UsageError
 from fastinterp.execute.report import kept_line
 from fastinterp.execute.resume.identity import Identity
 from fastinterp.execute.resume.kept import Kept, verified
@@ -42,10 +42,15 @@ class Session:
         journal = first.ended if first.finished else first.journal
         if identity.sure and journal is not None and (first.resumed or first.finished):
             rounds = journal.read(ROUND, Round)
-        self._kept = [
-            Kept.of((one for one in rounds if one.plan == number), len(plan.recipes))
-            for number, plan in enumerate(plans)
-        ]
+        try:
+            self._kept = [
+                Kept.of((one for one in rounds if one.plan == number), plan) for number, plan in enumerate(plans)
+            ]
+        except ValueError as error:
+            raise OutputError(
+                f"{first.name}: what a run noted of it does not fit it: {error}. To throw it away: "
+                f"`rm -r {shlex.join(first.left())}`"
+            ) from None
         self._noted = bool(rounds)
         self.before = rounds[-1].seconds if rounds else 0.0
         self._start = time.monotonic()

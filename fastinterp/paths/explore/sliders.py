@@ -12,6 +12,7 @@ from fastinterp.errors import UsageError
 from fastinterp.paths.report import PathReport
 from fastinterp.presence import is_folder
 from fastinterp.recipe.load import load_recipe
+from fastinterp.urls import is_url
 
 ALPHA = "alpha"
 
@@ -46,7 +47,7 @@ class Sliders:
 
 
 def _of_recipe(source: str) -> Sliders:
-    if is_folder(os.path.expanduser(source)) or source.endswith((WEIGHTS, *PICKLES)):
+    if is_url(source) or is_folder(os.path.expanduser(source)) or source.endswith((WEIGHTS, *PICKLES)):
         raise UsageError(f"{source} is one checkpoint, and a path has two ends. Name the other, too, or give a recipe")
     recipe = load_recipe(source)
     coefficients = recipe.coefficients

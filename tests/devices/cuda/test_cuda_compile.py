@@ -63,6 +63,15 @@ def test_no_kernel_asks_for_flushed_or_approximate_arithmetic(source):
     assert not re.findall(r"\.ftz|\.approx|\bfma\.r[zmp]\.f", text)
 
 
+def test_the_build_and_the_checks_know_the_same_architectures():
+    listed = re.search(r"set\(architectures (.*120.*)\)", (cuda_compile.ROOT / "CMakeLists.txt").read_text("utf-8"))
+    checked = re.search(
+        r"FASTINTERP_CUDA_ARCHITECTURES=([\d,]+) \$\(PY\)", (cuda_compile.ROOT / "Makefile").read_text("utf-8")
+    )
+    assert listed and checked
+    assert [name.removesuffix("-real") for name in listed[1].split()] == checked[1].split(",")
+
+
 def test_the_report_would_show_a_spill(tmp_path):
     """The check can fail: a kernel with far too few registers for what it holds."""
     source = tmp_path / "spill.cu"

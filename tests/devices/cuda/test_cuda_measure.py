@@ -56,6 +56,17 @@ def test_every_dtype_at_every_alignment(fill, dtype, offset):
         check("measure_deltas", per, [dtype, F8_E5M2], shape, fill, offset=offset)
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=str)
+def test_whole_units(dtype, n):
+    """Of one dtype, that end with a whole unit: in the first lines that are staged, in later ones, in every row."""
+    for kind in ("measure", "measure_deltas"):
+        for numel in (8, 248, 2048, 8200, 16376, 33 * 256 + 16):
+            check(kind, "tensor", [dtype] * n, (numel,))
+        check(kind, "row", [dtype] * n, (3, 4104))
+        check(kind, "column", [dtype] * n, (70, 264))
+
+
 @pytest.mark.parametrize("per", ["tensor", "row", "column"])
 def test_tiny_float64(per):
     """Products that vanish leave a sum of -0, which the elements behind the last one must not turn."""

@@ -236,6 +236,25 @@ def test_there_may_be_no_device_no_driver_or_no_extension(fake, monkeypatch):
         cuda.device_count()
 
 
+def test_a_device_that_kernels_cannot_run_on_is_refused(fake):
+    """No code for its architecture; no pools of memory; no memory for a context."""
+    fake.fail("cudaFuncGetAttributes", Fake.NO_KERNEL_IMAGE)
+    with pytest.raises(
+        BackendError,
+        match=r"^cuda:0, Emulated device 0, cannot be used: this build has no kernels for its compute capability, 9.0 "
+        r"\(cudaErrorNoKernelImageForDevice\)$",
+    ):
+        cuda.device(0)
+    fake.pools(False)
+    with pytest.raises(BackendError, match=r"cannot be used: it has no memory pools \(cudaMallocAsync\)$"):
+        cuda.device(0)
+    fake.reset()
+    fake.fail("cudaSetDevice", Fake.MEMORY_ALLOCATION)
+    with pytest.raises(OutOfMemory, match=r"^cudaSetDevice failed on cuda:0: out of memory"):
+        cuda.device(0)
+    cuda.device(0)
+
+
 def test_what_has_no_kernel_is_refused(fake):
     device = cuda.device(0)
     inputs = stored([F32, F32])

@@ -74,7 +74,7 @@ class Fake:
     """The controls of the runtime: modes, how many devices and how much memory, calls that fail, and what it saw."""
 
     EAGER, DEFERRED, THREADS = 0, 1, 2
-    MEMORY_ALLOCATION, INSUFFICIENT_DRIVER, NO_DEVICE, LAUNCH_FAILURE = 2, 35, 100, 719
+    MEMORY_ALLOCATION, INSUFFICIENT_DRIVER, NO_DEVICE, NO_KERNEL_IMAGE, LAUNCH_FAILURE = 2, 35, 100, 209, 719
 
     def __init__(self) -> None:
         self._lib = ctypes.CDLL(str(library()))
@@ -112,6 +112,10 @@ class Fake:
     def host_blocks(self) -> int:
         """Blocks of pinned host memory in use."""
         return int(self._lib.fake_host_blocks())
+
+    def pools(self, there: bool) -> None:
+        """Let devices say whether they have pools of memory."""
+        self._lib.fake_pools(int(there))
 
     def capture(self, handle: int, on: bool) -> None:
         """Let a stream say that it is captured for a CUDA graph."""

@@ -210,6 +210,7 @@ FI_CONTROL void fake_reset(int mode, int devices, uint64_t limit_bytes, int dela
   for (FakeStream* s : f.streams) s->work.clear(), s->done = s->put;
   f.mode = mode, f.devices = devices, f.limit = limit_bytes, f.delay_us = delay_us;
   f.calls.clear(), f.fail_call.clear(), f.wrong.clear();
+  f.pools = true;
   f.sticky = cudaSuccess;
   f.contexts.clear(), f.kept.clear();
   last_error = cudaSuccess;
@@ -250,6 +251,11 @@ FI_CONTROL const char* fake_wrong() {
   text = fake().wrong;
   return text.c_str();
 }
+// Whether devices say that they have pools of memory.
+FI_CONTROL void fake_pools(int there) {
+  const Lock lock(fake().mutex);
+  fake().pools = there != 0;
+}
 FI_CONTROL void fake_capture(cudaStream_t stream, int on) { stream_of(stream)->capturing = on != 0; }
 
 // ---- devices -------------------------------------------------------------------------------------------------------
@@ -267,6 +273,11 @@ cudaError_t cudaSetDevice(int device) {
   use_context(device);
   return cudaSuccess;
 }
+cudaError_t cudaGetDevice(int* device) {
+  FI_CALLED("cudaGetDevice");
+  *device = current_device;
+  return cudaSuccess;
+}
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* prop, int device) {
   FI_CALLED("cudaGetDeviceProperties");
   if (device < 0 || device >= fake().devices) return last_error = cudaErrorInvalidDevice;
@@ -275,7 +286,20 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* prop, int device) {
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   FI_CALLED("cudaDeviceGetAttribute");
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 4 : 9;
+  *value = attribute == cudaDevAttrMultiProcessorCount      ? 4
+           : attribute == cudaDevAttrMemoryPoolsSupported   ? int(fake().pools)
+           : attribute == cudaDevAttrComputeCapabilityMajor ? 9
+                                                            : 0;
+  return cudaSuccess;
+}
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  FI_IN_CONTEXT("cudaFuncGetAttributes");
+  attributes->numRegs = 32;
+  return cudaSuccess;
+}
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int, size_t) {
+  FI_IN_CONTEXT("cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+  *blocks = 3;
   return cudaSuccess;
 }
 

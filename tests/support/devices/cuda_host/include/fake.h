@@ -46,6 +46,7 @@ struct Fake {
   std::mutex mutex;
   std::condition_variable changed;
   int mode = kEager, devices = 1, delay_us = 0;
+  bool pools = true;  // whether devices say that they have pools of memory
   size_t limit = size_t(1) << 32;
   std::map<int, size_t> used;          // by device
   std::map<uintptr_t, Memory> memory;  // of devices, by address
