@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -49,9 +48,18 @@ def main() -> None:
         neg, pos = models(given.whole.resolve(), given.short.resolve())
     except MissingPackageError as error:
         sys.exit(str(error))
-    command = [sys.executable, "-m", "fastinterp", "explore", str(neg), str(pos), "--port", given.port]
+    command = [
+        sys.executable,
+        "-m",
+        "fastinterp",
+        "explore",
+        os.path.relpath(neg),
+        os.path.relpath(pos),
+        "--port",
+        given.port,
+    ]
     print("Move the slider: at 0 the model pans films, at 1 it praises them.", flush=True)
-    sys.exit(subprocess.call([*command, "--prompt", "The film is"]))
+    os.execv(sys.executable, [*command, "--prompt", "The film is"])
 
 
 if __name__ == "__main__":
