@@ -15,12 +15,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from operator import eq
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from fastinterp.checkpoint import hub, remote
 from fastinterp.checkpoint.names import listing, names_weights
-from fastinterp.checkpoint.url_store import FsspecStore, Store, There
+from fastinterp.checkpoint.url_store import FsspecStore, Store, There, file_system, place_of
 from fastinterp.errors import CheckpointError, OutputError, StorageError
 from fastinterp.messages import counted, size, tell
 from fastinterp.presence import exists, is_folder
@@ -130,9 +131,13 @@ def find(url: str) -> Site:
     run = hub.this_run()
     if run.wished and scheme_of(url) not in _HERE:
         raise hub.NotAsked(f"nothing is read from there: {run.wished}. Download it, and name the folder", file=url)
-    for out in run.outputs:
-        if f"{out}/".startswith(f"{url.rstrip('/')}/") or f"{url}/".startswith(f"{out}/"):
-            raise OutputError(f"{out}: it is an input of the merge, or contains one, or is in one. Give another name")
+    if run.outputs and scheme_of(url) not in ("http", "https"):
+        place = place_of(*file_system(url, full(url)))
+        for out, there in run.outputs.items():
+            if all(map(eq, place, there)):  # one is the beginning of the other
+                raise OutputError(
+                    f"{out}: it is an input of the merge, or contains one, or is in one. Give another name"
+                )
     if url not in run.addresses:
         run.addresses[url] = _found(url)
     site: Site = run.addresses[url]

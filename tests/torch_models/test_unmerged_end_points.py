@@ -143,7 +143,7 @@ def test_live_takes_integers_where_one_end_point_is_at_an_address(tmp_path, else
     ends[elsewhere] = "memory://live/m.safetensors"
     module = Counting(9.0, torch.zeros(4, dtype=torch.int64))
     for whose, want in (("a", a), ("b", b)):
-        with fastinterp.Live(module, **ends, integers=whose) as live:
+        with fastinterp.Live(module, a=ends["a"], b=ends["b"], integers=whose) as live:
             live.set(0.5)
             assert module.ids.tolist() == want.ids.tolist() and module.w.tolist() == [3.0] * 3
     memory.rm("/live", recursive=True)
