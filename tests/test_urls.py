@@ -28,6 +28,7 @@ SIGNED = "https://h/m.safetensors?X-Amz-Algorithm=A&X-Amz-Credential=AKIA%2Fus&X
         ("s3://b/run/checkpoint-?", "s3://b/run/checkpoint-?"),
         ("zip://a.safetensors::https://me:5ec4e7@h/x.zip", "zip://a.safetensors::https://h/x.zip"),
         ("simplecache::s3://b/a", "simplecache::s3://b/a"),
+        ("http://me:5ec4e7@[::1]:81/a?token=5ec4e7", "http://[::1]:81/a"),
         ("models/a", "models/a"),
     ],
 )

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from operator import eq
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from fastinterp.checkpoint import hub, remote
 from fastinterp.checkpoint.names import listing, names_weights
@@ -25,7 +25,7 @@ from fastinterp.checkpoint.url_store import FsspecStore, Store, There, file_syst
 from fastinterp.errors import CheckpointError, OutputError, StorageError
 from fastinterp.messages import counted, size, tell
 from fastinterp.presence import exists, is_folder
-from fastinterp.urls import full, scheme_of
+from fastinterp.urls import full, is_chained, scheme_of
 
 _AT_ONCE = 16  # files that are asked for at the same time
 _HERE = ("memory", "file", "local")  # protocols that fetch nothing
@@ -153,10 +153,10 @@ def on_hub(url: str) -> tuple[str, str | None, str] | None:
             return None
         parsed = hub.parse("/".join(parts[:2]))
         return None if parsed is None else (*parsed, "/".join(parts[2:]))
-    address = urlsplit(url)
-    if scheme_of(url) not in ("http", "https") or address.netloc not in _HUB_HOSTS:
+    host, _, path = rest.partition("?")[0].partition("/")
+    if scheme_of(url) not in ("http", "https") or host not in _HUB_HOSTS:
         return None
-    match = _ON_HUB.fullmatch(unquote(address.path))
+    match = _ON_HUB.fullmatch(unquote(f"/{path}"))
     return None if match is None or hub.parse(match[1]) is None else (match[1], match[2], match[3] or "")
 
 
@@ -187,7 +187,7 @@ def _parent(url: str) -> str:
 
 def _store(url: str, given: str) -> Store:
     """given: the address with login and parameters"""
-    if scheme_of(url) not in ("http", "https") or "::" in url:
+    if scheme_of(url) not in ("http", "https") or is_chained(url):
         return FsspecStore(url, given)
     from fastinterp.checkpoint.http_folder import HttpStore
 
