@@ -110,4 +110,5 @@ def mistyped(name: str) -> str:
     match = re.fullmatch(r"([A-Za-z][A-Za-z0-9]{1,7})(:/?|//|:///)(?![/\\])(\S+)", name)
     if match is None or match[1].lower() not in SCHEMES:
         return ""
-    return f" Did you mean `{match[1].lower()}://{match[3]}`?"
+    root = "/" if match[1].lower() in ("file", "local") and ":/" in match[2] else ""
+    return f" Did you mean `{match[1].lower()}://{root}{match[3]}`?"

@@ -28,6 +28,7 @@ from fastinterp.presence import exists, is_folder
 from fastinterp.urls import full, is_chained, scheme_of
 
 _AT_ONCE = 16  # files that are asked for at the same time
+_LONGEST_NAME = 60  # characters of a folder's name here, of up to four bytes each
 _HERE = ("memory", "file", "local")  # protocols that fetch nothing
 _HUB_HOSTS = ("huggingface.co", "hf.co", "www.huggingface.co")
 _ON_HUB = re.compile(r"/([\w.-]+/[\w.-]+)(?:/(?:tree|blob|resolve)/([^/]+)(?:/(.+?))?)?/?")
@@ -175,7 +176,8 @@ def _found(url: str) -> Site:
         file = last  # whatever it is: that is told when it is opened
     if file:
         store = _store(_parent(url), _parent(given))
-    root = _new_folder() / ("model" if file else re.sub(r"[^\w.-]", "_", last))
+    name = "" if file else re.sub(r"[^\w.-]", "_", last)[:_LONGEST_NAME].strip(".")
+    root = _new_folder() / (name or "model")
     root.mkdir()
     return Site(url, root, file, store=store)
 

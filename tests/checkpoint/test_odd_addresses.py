@@ -1,9 +1,10 @@
-"""Addresses of HTTP with characters that are sent in percents, of IPv6, and those that there cannot be."""
+"""Addresses with characters that are sent in percents, of IPv6, with odd names; and those that there cannot be."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -17,9 +18,13 @@ from tests.support.checkpoints import tensor, write
 from tests.support.file_server import file_server
 
 
+@pytest.fixture(autouse=True)
+def model(tmp_path: Path) -> None:
+    write(tmp_path / "modèle 1", {"w": tensor(np.arange(4.0), F32)})
+
+
 @pytest.fixture
 def server(tmp_path: Path):
-    write(tmp_path / "modèle 1", {"w": tensor(np.arange(4.0), F32)})
     with file_server(tmp_path) as files:
         yield files
 
@@ -29,6 +34,15 @@ def server(tmp_path: Path):
 def test_characters_in_percents(server, name, file):
     assert [*open_checkpoint(f"{server.url}/{name}{file}").tensors] == ["w"]
     assert all(path.startswith("/mod%C3%A8le%201") for path, _ in server.asked)
+
+
+@pytest.mark.parametrize("name", ["odd/..", "odd/.", "odd/" + "模" * 100, "odd/a b+c'd"])
+def test_names_that_no_folder_here_can_have(tmp_path, name):
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file(f"/{name}/model.safetensors", (tmp_path / "modèle 1" / "model.safetensors").read_bytes())
+    opened = open_checkpoint(f"memory://{name}")
+    assert [*opened.tensors] == ["w"] and opened.root.is_dir()
+    memory.rm("/odd", recursive=True)
 
 
 def test_ipv6():
