@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from hashlib import blake2b
 from operator import eq
 from pathlib import Path
 from urllib.parse import unquote
@@ -41,7 +42,8 @@ class Site:
     url    as it is shown
     root   the folder here that has its small files
     file   the name of the file in it that was named; empty: the folder was
-    versions  what its store says of every file that was taken: size and version, by name
+    versions  size and version of every file that was taken, by name: what its store says, of a small one of which that
+              says nothing, a hash
     """
 
     url: str
@@ -78,7 +80,10 @@ class Site:
         _tell(self.url, contents, files)
         for name, content in contents.items():
             _write(self.root / name, content)
-            self.versions[name] = len(content), small[name].version
+            self.versions[name] = (
+                len(content),
+                small[name].version or f"blake2b {blake2b(content, digest_size=8).hexdigest()}",
+            )
         for name, file in files.items():
             (self.root / name).parent.mkdir(parents=True, exist_ok=True)
             remote.register(self.root / name, file, None)
