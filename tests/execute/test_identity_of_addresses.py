@@ -1,4 +1,4 @@
-"""When a run of models at addresses goes on with what an earlier one left: only if the inputs are known to be the same."""
+"""A run of models at addresses goes on with what an earlier one left only if the inputs are known to be the same."""
 
 from __future__ import annotations
 
