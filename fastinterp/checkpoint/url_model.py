@@ -80,10 +80,8 @@ class Site:
         _tell(self.url, contents, files)
         for name, content in contents.items():
             _write(self.root / name, content)
-            self.versions[name] = (
-                len(content),
-                small[name].version or f"blake2b {blake2b(content, digest_size=8).hexdigest()}",
-            )
+            version = small[name].version or f"blake2b {blake2b(content, digest_size=8).hexdigest()}"
+            self.versions[name] = len(content), version
         for name, file in files.items():
             (self.root / name).parent.mkdir(parents=True, exist_ok=True)
             remote.register(self.root / name, file, None)
