@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import select
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import click
@@ -94,14 +96,20 @@ def test_the_scripts_name_the_program():
     assert "complete --no-files --command fastinterp" in script("fish")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
-def test_bash_completes(tmp_path):
-    """The line of the README in a bash, which then completes words as it does for a user who presses Tab."""
+def environment(tmp_path: Path) -> dict[str, str]:
+    """One in which `fastinterp` is this one, and everything new is put into an empty folder."""
     (tmp_path / "bin").mkdir()
     program = tmp_path / "bin" / "fastinterp"
     program.write_text(f"#!{sys.executable}\nfrom fastinterp.__main__ import main\nmain()\n")
     program.chmod(0o755)
+    path = f"{program.parent}:{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "PYTHONPATH": str(Path(__file__).parents[2]), "HOME": str(tmp_path)}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
+def test_bash_completes(tmp_path):
+    """The line of the README in a bash, which then completes words as it does for a user who presses Tab."""
     (tmp_path / "some-model").mkdir()
     asked = """
 eval "$(_FASTINTERP_COMPLETE=bash_source fastinterp)"
@@ -111,8 +119,69 @@ for line in "fastinterp methods dare" "fastinterp merge --dtype bf" "fastinterp 
   echo "${COMPREPLY[@]}"
 done
 """
-    env = {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}", "PYTHONPATH": str(Path(__file__).parents[2])}
+    env = environment(tmp_path)
     done = subprocess.run(["bash", "-c", asked], cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
     methods, one, some = done.stdout.split("\n")[:3]
     assert (methods, one) == ("dare_linear dare_ties", "bfloat16")
     assert some.split() == [name for name in DTYPE_NAMES if name.startswith("fl")]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("fish") is None, reason="no fish here")
+def test_fish_completes(tmp_path):
+    (tmp_path / "recipe.yml").touch()
+    asked = """
+_FASTINTERP_COMPLETE=fish_source fastinterp | source
+for line in "fastinterp methods dare" "fastinterp merge --dtype bf" "fastinterp merge rec"
+  echo (complete -C $line)
+end
+"""
+    env = environment(tmp_path)
+    done = subprocess.run(["fish", "-c", asked], cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:3] == ["dare_linear dare_ties", "bfloat16", "recipe.yml"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="no zsh here")
+def test_zsh_completes(tmp_path):
+    """In a zsh at a terminal: its completion asks for one. Each line is noted when it is entered."""
+    import pty
+
+    (tmp_path / "recipe.yml").touch()
+    env = {**environment(tmp_path), "TERM": "dumb", "PS1": "READY"}
+    terminal, other = pty.openpty()
+    shell = subprocess.Popen(["zsh", "-f", "-i"], stdin=other, stdout=other, stderr=other, cwd=tmp_path, env=env,
+                             start_new_session=True)  # fmt: skip
+    os.close(other)
+    try:
+        lines = [
+            'autoload -Uz compinit; compinit -u -D; eval "$(_FASTINTERP_COMPLETE=zsh_source fastinterp)"',
+            "note() { print -r -- $BUFFER >> lines; BUFFER= }; zle -N zle-line-finish note",
+            "fastinterp methods dare_l\t", "fastinterp merge --dtype bf\t", "fastinterp merge rec\t",
+        ]  # fmt: skip
+        for line in lines:
+            said(terminal, b"READY")
+            os.write(terminal, line.encode())
+            if line.endswith("\t"):  # the rest of the word
+                said(terminal, {"l": b"linear", "f": b"bfloat16", "c": b"recipe.yml"}[line[-2]])
+            os.write(terminal, b"\n")
+        said(terminal, b"READY")
+    finally:
+        shell.kill()
+        shell.wait()
+        os.close(terminal)
+    noted = [line.strip() for line in (tmp_path / "lines").read_text().splitlines()]
+    assert noted == [
+        "fastinterp methods dare_linear",
+        "fastinterp merge --dtype bfloat16",
+        "fastinterp merge recipe.yml",
+    ]
+
+
+def said(terminal: int, text: bytes) -> None:
+    """Wait until a terminal shows a text, at most a minute."""
+    shown, end = b"", time.monotonic() + 60
+    while text not in shown:
+        if select.select([terminal], [], [], end - time.monotonic())[0]:
+            shown += os.read(terminal, 4096)
+        assert time.monotonic() < end, shown.decode(errors="replace")
