@@ -14,6 +14,7 @@ SCHEMES = (
 
 _URL = re.compile(r"(?:[a-z0-9]+::)*([A-Za-z][A-Za-z0-9.+-]*)://([^/?]*)(.*)", re.DOTALL)
 _IN_TEXT = re.compile(r"(?<![\w+.-])(?:[a-z0-9]+::)*[A-Za-z][A-Za-z0-9.-]*://[^\s\"'`<>]+")
+_CHAIN = re.compile(r"::(?=[a-z][a-z0-9+.-]*(?:://|::))")  # and not in `http://[::1]/model`
 _QUERY = re.compile(r"\?[\w.~%-]+=")  # `checkpoint-?` is a pattern
 _BEHIND = re.compile(r"(?:[,;)\]}]+|:[-+]?\d+\.?\d*)*$")  # of a list that it is in, and the scale of an adapter
 _ADAPTER = re.compile(r"\+(?=[A-Za-z][A-Za-z0-9.-]*://)")
@@ -38,6 +39,11 @@ def scheme_of(url: str) -> str:
     return match[1].lower() if match else ""
 
 
+def is_chained(url: str) -> bool:
+    """Whether it is one address in another, as fsspec has them: `zip://file::https://host/archive.zip`."""
+    return _CHAIN.search(url) is not None
+
+
 def public(text: str) -> str:
     """The text without what must not be shown of the addresses in it: `user:password@`, and parameters that may be
     signatures. They are remembered for this process: see `full`. Schemes come in lower case.
@@ -55,8 +61,8 @@ def full(url: str) -> str:
 
 
 def _public(url: str) -> str:
-    if "::" in url:  # one in another, as fsspec has them: `zip://file::https://host/archive.zip`
-        shown = "::".join(_public(part) if "://" in part else part for part in url.split("::"))
+    if is_chained(url):
+        shown = "::".join(_public(part) if "://" in part else part for part in _CHAIN.split(url))
         if shown != url:
             _full[shown] = url
         return shown
@@ -104,4 +110,5 @@ def mistyped(name: str) -> str:
     match = re.fullmatch(r"([A-Za-z][A-Za-z0-9]{1,7})(:/?|//|:///)(?![/\\])(\S+)", name)
     if match is None or match[1].lower() not in SCHEMES:
         return ""
-    return f" Did you mean `{match[1].lower()}://{match[3]}`?"
+    root = "/" if match[1].lower() in ("file", "local") and ":/" in match[2] else ""
+    return f" Did you mean `{match[1].lower()}://{root}{match[3]}`?"

@@ -28,6 +28,7 @@ SIGNED = "https://h/m.safetensors?X-Amz-Algorithm=A&X-Amz-Credential=AKIA%2Fus&X
         ("s3://b/run/checkpoint-?", "s3://b/run/checkpoint-?"),
         ("zip://a.safetensors::https://me:5ec4e7@h/x.zip", "zip://a.safetensors::https://h/x.zip"),
         ("simplecache::s3://b/a", "simplecache::s3://b/a"),
+        ("http://me:5ec4e7@[::1]:81/a?token=5ec4e7", "http://[::1]:81/a"),
         ("models/a", "models/a"),
     ],
 )
@@ -68,7 +69,8 @@ def test_models():
 
 @pytest.mark.parametrize(
     ("name", "meant"),
-    [("s3:/b/a", "s3://b/a"), ("s3//b/a", "s3://b/a"), ("S3:/b", "s3://b"), ("gs:b/a", "gs://b/a"), ("https:/h/a", "https://h/a")],
+    [("s3:/b/a", "s3://b/a"), ("s3//b/a", "s3://b/a"), ("S3:/b", "s3://b"), ("gs:b/a", "gs://b/a"), ("https:/h/a", "https://h/a"),
+     ("file:/home/a", "file:///home/a")],
 )  # fmt: skip
 def test_mistyped(name, meant):
     assert not is_url(name)

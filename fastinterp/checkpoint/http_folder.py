@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from urllib.parse import quote as percent
-from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
-from fastinterp.checkpoint.http_ranges import HttpFile, NotThere
+from fastinterp.checkpoint.http_ranges import HttpFile, NotThere, joined
 from fastinterp.checkpoint.names import ANY_INDEX
 from fastinterp.checkpoint.strict_json import parse_json
 from fastinterp.checkpoint.url_store import There
@@ -40,7 +40,10 @@ class HttpStore:
 
     def __init__(self, url: str, given: str):
         self.url = url
-        parts = urlsplit(given)
+        try:
+            parts = urlsplit(given)
+        except ValueError as error:  # what should be an IPv6 address, say
+            raise CheckpointError(f"there can be no such address: {error}", file=url) from None
         login, _, host = parts.netloc.rpartition("@")
         self._address = urlunsplit((parts.scheme, host, parts.path, parts.query, ""))
         self._headers = (
@@ -146,8 +149,8 @@ def _links(page: str, address: str) -> list[str]:
     home = urlsplit(address)
     start = home.path if home.path.endswith("/") else home.path.rpartition("/")[0] + "/"
     names: dict[str, None] = {}
-    for link in parser.found:
-        parts = urlsplit(urljoin(address, link))
+    for target in filter(None, (joined(address, link) for link in parser.found)):
+        parts = urlsplit(target)
         name = unquote(parts.path.removeprefix(start))
         inside = parts.netloc == home.netloc and parts.path.startswith(start)
         if inside and name.rstrip("/") not in ("", ".", "..") and "/" not in name.rstrip("/"):

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, TypeVar
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 from fastinterp._version import __version__
 from fastinterp.errors import CheckpointError, StorageError
@@ -26,6 +26,7 @@ _KEPT = 4  # connections of a thread
 _AGAIN = (408, 425, 429, 500, 502, 503, 504)
 _MOVED = (301, 302, 303, 307, 308)
 _ABSENT = (401, 403, 404, 410)
+_KEPT_CHARACTERS = "/%:?&=#@!$'()*+,;[]~"  # of addresses; others, as in `modèle 1`, are sent in percents
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
 
@@ -222,20 +223,24 @@ class HttpFile:
     def _follow(self, method: str, url: str, headers: Mapping[str, str]) -> http.client.HTTPResponse:
         for _ in range(_REDIRECTS):
             own = self._headers() if urlsplit(url)[:2] == urlsplit(self._url)[:2] else {}
-            answer = self._send(method, url, {**own, **headers})
+            try:
+                answer = self._send(method, url, {**own, **headers})
+            except (http.client.InvalidURL, UnicodeError) as error:  # of its host
+                raise StorageError(f"{self.name}: there can be no such address: {error}") from None
             if answer.status not in _MOVED or not (target := answer.getheader("Location")):
                 self._location = url
                 return answer
             answer.read()
-            url = urljoin(url, target)
-            if urlsplit(url).scheme not in ("http", "https"):
+            address = joined(url, quote(target.encode("latin-1"), _KEPT_CHARACTERS))
+            if address is None:
                 raise StorageError(f"{self.name}: the server redirects to what is no address of HTTP")
+            url = address
         raise StorageError(f"{self.name}: the server redirects more than {_REDIRECTS} times")
 
     def _send(self, method: str, url: str, headers: Mapping[str, str]) -> http.client.HTTPResponse:
         parts = urlsplit(url)
         connection, target = _connections.get(parts.scheme, parts.netloc)
-        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        path = quote((parts.path or "/") + (f"?{parts.query}" if parts.query else ""), _KEPT_CHARACTERS)
         agent = {"User-Agent": f"fastinterp/{__version__}", "Accept-Encoding": "identity"}
         fresh = connection.sock is None
         try:
@@ -321,6 +326,15 @@ def _tls() -> Any:
         except ImportError:
             pass
     return ssl.create_default_context(cafile=file)
+
+
+def joined(url: str, link: str) -> str | None:
+    """The address of HTTP that a link on a page means; None, if it is none."""
+    try:
+        address = urljoin(url, link)
+        return address if urlsplit(address).scheme in ("http", "https") else None
+    except ValueError:  # what should be an IPv6 address, say
+        return None
 
 
 def _type_of(answer: http.client.HTTPResponse) -> str:

@@ -68,7 +68,7 @@ class _Run:
     refused: str = ""  # why nothing may be fetched, or cannot
     wished: str = ""  # the same, if somebody wants it so: other places than the Hub are not asked either
     addresses: dict[str, Any] = field(default_factory=dict)  # of url_model.py
-    outputs: list[str] = field(default_factory=list)  # addresses that are written
+    outputs: dict[str, tuple[str, ...]] = field(default_factory=dict)  # addresses that are written -> place_of each
 
 
 _run: ContextVar[_Run | None] = ContextVar("hub_run", default=None)

@@ -63,12 +63,13 @@ _headers_only: ContextVar[bool] = ContextVar("headers_only", default=False)
 
 def register(path: Path, file: RemoteFile, fetcher: Fetcher | None) -> None:
     """Let `path`, which is not there, stand for a file elsewhere, until it is fetched. fetcher: None: it never is"""
-    _files[path], _fetchers[path] = file, fetcher
+    _fetchers[path] = fetcher
+    _files[path] = file  # last: other threads look here
 
 
 def forget(folder: Path) -> None:
     """Have the files in a folder, and in those in it, stand for none elsewhere any more."""
-    for path in [p for p in _files if folder in p.parents]:
+    for path in [p for p in list(_files) if folder in p.parents]:
         del _files[path], _fetchers[path]
 
 
@@ -80,7 +81,8 @@ def find(path: str | os.PathLike[str]) -> RemoteFile | None:
 
 def names_in(folder: Path) -> list[str]:
     """The names of the files elsewhere that are registered in a folder, and not on the disk."""
-    return [path.name for path in _files if path.parent == folder and not exists_here(path)]
+    # A list first, which other threads cannot change meanwhile.
+    return [path.name for path in list(_files) if path.parent == folder and not exists_here(path)]
 
 
 def exists(path: Path) -> bool:

@@ -15,18 +15,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from hashlib import blake2b
+from operator import eq
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from fastinterp.checkpoint import hub, remote
 from fastinterp.checkpoint.names import listing, names_weights
-from fastinterp.checkpoint.url_store import FsspecStore, Store, There
+from fastinterp.checkpoint.url_store import FsspecStore, Store, There, file_system, place_of
 from fastinterp.errors import CheckpointError, OutputError, StorageError
 from fastinterp.messages import counted, size, tell
 from fastinterp.presence import exists, is_folder
-from fastinterp.urls import full, scheme_of
+from fastinterp.urls import full, is_chained, scheme_of
 
 _AT_ONCE = 16  # files that are asked for at the same time
+_LONGEST_NAME = 60  # characters of a folder's name here, of up to four bytes each
 _HERE = ("memory", "file", "local")  # protocols that fetch nothing
 _HUB_HOSTS = ("huggingface.co", "hf.co", "www.huggingface.co")
 _ON_HUB = re.compile(r"/([\w.-]+/[\w.-]+)(?:/(?:tree|blob|resolve)/([^/]+)(?:/(.+?))?)?/?")
@@ -39,7 +42,8 @@ class Site:
     url    as it is shown
     root   the folder here that has its small files
     file   the name of the file in it that was named; empty: the folder was
-    versions  what its store says of every file that was taken: size and version, by name
+    versions  size and version of every file that was taken, by name: what its store says, of a small one of which that
+              says nothing, a hash
     """
 
     url: str
@@ -76,7 +80,8 @@ class Site:
         _tell(self.url, contents, files)
         for name, content in contents.items():
             _write(self.root / name, content)
-            self.versions[name] = len(content), small[name].version
+            version = small[name].version or f"blake2b {blake2b(content, digest_size=8).hexdigest()}"
+            self.versions[name] = len(content), version
         for name, file in files.items():
             (self.root / name).parent.mkdir(parents=True, exist_ok=True)
             remote.register(self.root / name, file, None)
@@ -130,9 +135,13 @@ def find(url: str) -> Site:
     run = hub.this_run()
     if run.wished and scheme_of(url) not in _HERE:
         raise hub.NotAsked(f"nothing is read from there: {run.wished}. Download it, and name the folder", file=url)
-    for out in run.outputs:
-        if f"{out}/".startswith(f"{url.rstrip('/')}/") or f"{url}/".startswith(f"{out}/"):
-            raise OutputError(f"{out}: it is an input of the merge, or contains one, or is in one. Give another name")
+    if run.outputs and scheme_of(url) not in ("http", "https"):
+        place = place_of(*file_system(url, full(url)))
+        for out, there in run.outputs.items():
+            if all(map(eq, place, there)):  # one is the beginning of the other
+                raise OutputError(
+                    f"{out}: it is an input of the merge, or contains one, or is in one. Give another name"
+                )
     if url not in run.addresses:
         run.addresses[url] = _found(url)
     site: Site = run.addresses[url]
@@ -148,10 +157,10 @@ def on_hub(url: str) -> tuple[str, str | None, str] | None:
             return None
         parsed = hub.parse("/".join(parts[:2]))
         return None if parsed is None else (*parsed, "/".join(parts[2:]))
-    address = urlsplit(url)
-    if scheme_of(url) not in ("http", "https") or address.netloc not in _HUB_HOSTS:
+    host, _, path = rest.partition("?")[0].partition("/")
+    if scheme_of(url) not in ("http", "https") or host not in _HUB_HOSTS:
         return None
-    match = _ON_HUB.fullmatch(unquote(address.path))
+    match = _ON_HUB.fullmatch(unquote(f"/{path}"))
     return None if match is None or hub.parse(match[1]) is None else (match[1], match[2], match[3] or "")
 
 
@@ -170,7 +179,8 @@ def _found(url: str) -> Site:
         file = last  # whatever it is: that is told when it is opened
     if file:
         store = _store(_parent(url), _parent(given))
-    root = _new_folder() / ("model" if file else re.sub(r"[^\w.-]", "_", last))
+    name = "" if file else re.sub(r"[^\w.-]", "_", last)[:_LONGEST_NAME].strip(".")
+    root = _new_folder() / (name or "model")
     root.mkdir()
     return Site(url, root, file, store=store)
 
@@ -182,7 +192,7 @@ def _parent(url: str) -> str:
 
 def _store(url: str, given: str) -> Store:
     """given: the address with login and parameters"""
-    if scheme_of(url) not in ("http", "https") or "::" in url:
+    if scheme_of(url) not in ("http", "https") or is_chained(url):
         return FsspecStore(url, given)
     from fastinterp.checkpoint.http_folder import HttpStore
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -31,6 +32,7 @@ _VERSIONS = (
     "ETag", "etag", "generation", "version_id", "md5Hash", "md5", "blob_id", "sha", "content_md5", "LastModified",
     "last_modified", "modificationTime", "mtime", "modified", "updated", "created",
 )  # fmt: skip
+_WHERE = ("host", "account_name", "endpoint_url", "org", "repo")  # options that say which of several stores it is
 _LOGIN = {
     "s3": "Log in with `aws configure`; of a bucket that is public, set FSSPEC_S3='{\"anon\": true}'",
     "gs": "Log in with `gcloud auth application-default login`; of a public one, set FSSPEC_GS='{\"token\": \"anon\"}'",
@@ -102,6 +104,17 @@ def file_system(url: str, given: str) -> tuple[Any, str]:
     except Exception as error:
         raise StorageError(f"{url}: fsspec cannot open this address: {_said(error, url)}") from None
     return fs, path
+
+
+def place_of(fs: Any, path: str) -> tuple[str, ...]:
+    """A path of a file system in parts. Equal ones lead to the same file, however the address is spelled:
+    `s3a://bucket//m/./a` as `s3://bucket/m/a`. The first part says which file system it is.
+    """
+    while (inner := getattr(fs, "fs", None)) is not None and hasattr(inner, "storage_options"):  # a cache of that
+        fs = inner
+    options = getattr(fs, "storage_options", {})
+    kind = [type(fs).__qualname__, *(str(options.get(key, "")).lower() for key in _WHERE)]
+    return (" ".join(kind).strip(), *posixpath.normpath(f"/{path}").strip("/").split("/"))
 
 
 class FsspecStore:

@@ -97,11 +97,6 @@ class Sources:
         """The file elsewhere that is source `number`, if it is one."""
         return remote.find(self.paths[number]) if self.paths[number] in self._streamed else None
 
-    @property
-    def fds(self) -> list[int]:
-        """The files, open, where none is elsewhere."""
-        return [handle for handle in self.handles if isinstance(handle, int)]
-
     def add(self, handle: SourceHandle, path: Path) -> int:
         """Add a file that is already open; returns its index."""
         self.handles.append(handle)
@@ -214,7 +209,8 @@ class Sources:
         """Whether all files are known to be in the page cache, so that nothing needs to be read ahead."""
         if self._streams is not None or self.in_turns:
             return False
-        for fd, path in zip(self.fds, self.paths, strict=True):
+        for fd, path in zip(self.handles, self.paths, strict=True):
+            assert isinstance(fd, int)  # none is elsewhere
             with storage(path):
                 nbytes = os.fstat(fd).st_size
             if cached_fraction(fd, nbytes) <= 0.95:

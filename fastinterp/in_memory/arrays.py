@@ -150,7 +150,13 @@ class TorchTensors:
                 f"{name} requires grad, and gets no gradient here. Use .detach() or torch.no_grad(); for gradients of "
                 "weighted sums, fastinterp.integrations.torch_ops.weighted_sum"
             )
-        return ArrayView(x.data_ptr(), tuple(x.shape), dtype)
+        try:
+            address, numel = x.data_ptr(), x.numel()
+        except RuntimeError:  # inside of torch.func.vmap
+            address, numel = 0, 1
+        if not address and numel:  # its storage was let go, as FSDP does, or it stands for a tensor that is traced
+            raise UsageError(f"{name} has no memory of its own that holds its elements. Give a dense tensor that has")
+        return ArrayView(address, tuple(x.shape), dtype)
 
     @staticmethod
     def empty(like: Any, dtype: DType) -> Any:

@@ -180,11 +180,13 @@ def _plain_sum(models: Sequence[Any], base: Any, method: Method, values: Mapping
         return None
     if dtype is None or not all(getattr(x, "dtype", None) == dtype for x in inputs):
         return None
-    shape = tuple(first.shape)
+    shape = getattr(first, "shape", None)
+    if not isinstance(shape, tuple):
+        return None
     sidecars: list[Arrays] = []
     try:
         keywords = resolved(method, values, len(models), sidecars)
-        request = method(len(inputs), Tensor(name, shape, None, 0, math.prod(shape)), **keywords)
+        request = method(len(inputs), Tensor(name, tuple(shape), None, 0, math.prod(shape)), **keywords)
         if sidecars or not isinstance(request, Combine):
             return None
         row = request.row()

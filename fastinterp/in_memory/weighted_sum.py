@@ -103,7 +103,10 @@ def _plain_sum(arrays: Sequence[Any], weights: Sequence[float], pivot: Any, out:
 def _row(weights: Sequence[float], has_pivot: bool) -> Row:
     if any(isinstance(w, (bool, str, bytes)) or not hasattr(w, "__float__") for w in weights):
         raise UsageError(f"weights must be numbers, got {list(weights)}")
-    values = tuple(float(w) for w in weights)
+    try:
+        values = tuple(float(w) for w in weights)
+    except OverflowError:  # a whole number beyond float64
+        values = (math.inf,)
     if not all(abs(w) <= 3.4e38 for w in values):
         raise UsageError(f"weights must be finite float32 numbers, got {list(values)}")
     if not has_pivot and not any(values):

@@ -64,12 +64,12 @@ class Destination:
         last = self.url.partition("?")[0].rpartition("/")[2]
         self._last = last if last.strip(".") else "merged"
         self._hub, self._has_no_folders = scheme == "hf", scheme in _OBJECTS
-        hub.this_run().outputs.append(self.url)
         if not self._hub:
-            from fastinterp.checkpoint.url_store import file_system
+            from fastinterp.checkpoint.url_store import file_system, place_of
 
             self._fs, path = file_system(self.url, full(self.url))
             self._path = path.rstrip("/")
+            hub.this_run().outputs[self.url] = place_of(self._fs, path)
             self._refuse_existing()
             self._refuse_unwritable()
 
@@ -188,6 +188,7 @@ class Destination:
             path = f"{self._path}/{folder}".rstrip("/")
 
             def ask(path: str = path) -> None:
+                self._fs.invalidate_cache()
                 try:
                     names = [str(i["name"]) for i in self._fs.ls(path, detail=True) if i.get("type") != "directory"]
                 except (FileNotFoundError, NotADirectoryError):

@@ -16,6 +16,7 @@ from fastinterp.execute.jobs.tensor_io import TensorIO, TensorStep
 from fastinterp.execute.rounds import PumpExecutor
 from fastinterp.execute.sources import Sources
 from fastinterp.in_memory.inputs import StoredTensor
+from fastinterp.ops.combine import MAX_INPUTS
 from fastinterp.ops.dtypes import CODE_BYTES, DType
 from fastinterp.ops.operands import Operand, Stored
 from fastinterp.ops.steps import CopyEqual
@@ -120,8 +121,10 @@ class EndpointOperands:
     def prepared(self, places: Sequence[TensorIO], sinks: Sequence[Handle]) -> PreparedSums | None:
         """The sums of each tensor's operands, each into its first sink, of which only the row is to be told.
 
-        None, if not all operands are plain elements in memory that the CPU reaches.
+        None, if not all operands are plain elements in memory that the CPU reaches, or a sum has too many to be one.
         """
+        if any(len(io.operands) > MAX_INPUTS for io in places):  # of which a row reads some
+            return None
         sums = []
         for io in places if self.device is None else ():
             arrays = [array for o in io.operands if (array := self._array(o)) is not None]

@@ -227,9 +227,11 @@ class Endpoints:
         if (elsewhere := self.files.elsewhere(source)) is not None:
             elsewhere.read_into(memoryview(data), start)
             return data
+        fd = self.files.handles[source]
+        assert isinstance(fd, int)
         with storage(self.files.paths[source]):
             while done < nbytes:
-                count = os.preadv(self.files.fds[source], [memoryview(data)[done:]], start + done)
+                count = os.preadv(fd, [memoryview(data)[done:]], start + done)
                 if not count:
                     raise self.files.explained(("read", source, 0, start, nbytes, done))
                 done += count

@@ -15,7 +15,7 @@ from fastinterp.checkpoint.quantised import quantised_tensors
 from fastinterp.errors import BackendError, CheckpointError, UsageError
 from fastinterp.execute.jobs.tensor_io import TensorIO
 from fastinterp.messages import suggestion
-from fastinterp.ops.combine import LARGEST, Combine, Row
+from fastinterp.ops.combine import LARGEST, MAX_INPUTS, Combine, Row
 from fastinterp.ops.operands import Stored
 from fastinterp.plan.quantised import quantised_arrays, quantised_error
 from fastinterp.torch_models.copied_tensors import CopiedTensors
@@ -289,7 +289,13 @@ class Live:
 
     def _row(self, point: Mapping[str, float]) -> Row:
         if not self._line:
-            return Combine((0.0, *point.values()), base=0).row()
+            row = Combine((0.0, *point.values()), base=0).row()
+            if len(row.inputs) > MAX_INPUTS:
+                raise UsageError(
+                    f"at most {MAX_INPUTS - 1} directions can have a distance at a time, got {len(row.inputs) - 1}. "
+                    "Set the others to 0"
+                )
+            return row
         alpha = point[_LINE]
         if abs(alpha) > _LARGEST_ALPHA:
             raise UsageError(f"alpha must be in -{_LARGEST_ALPHA:.1e}..{_LARGEST_ALPHA:.1e}, got {alpha:g}")

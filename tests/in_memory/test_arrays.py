@@ -194,6 +194,7 @@ T = torch.ones(2, 3)
         ([X], ["1"], {}, UsageError, "weights must be numbers, got ['1']"),
         ([X], [True], {}, UsageError, "weights must be numbers, got [True]"),
         ([X], [1e39], {}, UsageError, "weights must be finite float32 numbers"),
+        ([X], [10**400], {}, UsageError, "weights must be finite float32 numbers"),
         ([X.astype(np.int64)], [1], {}, UsageError, "array 0 has dtype int64"),
         ([X.astype(">f4")], [1], {}, UsageError, "array 0 has dtype >f4"),
         ([X.astype(complex)], [1], {}, UsageError, "complex128"),
@@ -227,6 +228,18 @@ def test_refused(arrays, weights, options, kind, message):
         fastinterp.weighted_sum(arrays, weights, **options)
     assert message in str(caught.value)
     assert all(np.array_equal(b, raw_of(x)) for b, x in zip(before, arrays, strict=False))
+
+
+def test_tensors_whose_memory_was_let_go():
+    freed = T.clone()
+    freed.untyped_storage().resize_(0)  # as FSDP does between uses
+    for arrays, options in (([T, freed], {}), ([T], {"out": freed}), ([T], {"pivot": freed})):
+        with pytest.raises(UsageError, match="has no memory of its own that holds its elements"):
+            fastinterp.weighted_sum(arrays, [1] * len(arrays), threads=1, **options)
+    with pytest.raises(UsageError, match="array 0 has no memory of its own"):
+        torch.func.vmap(lambda x: fastinterp.weighted_sum([x], [1]))(T)
+    with pytest.raises(UsageError, match="state dict 1 has no memory of its own"):
+        fastinterp.merge_state_dicts([{"w": T}, {"w": freed}], "linear", parameters={"weight": 1})
 
 
 @pytest.mark.parametrize("before", [False, True])

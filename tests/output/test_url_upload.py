@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from fsspec.implementations.memory import MemoryFileSystem
 
 import fastinterp
+from fastinterp.checkpoint.url_store import place_of
 from fastinterp.cli import commands
 from fastinterp.errors import OutputError, UsageError
 from fastinterp.ops.dtypes import F32
@@ -141,10 +142,25 @@ def test_what_is_there_stays(memory):
 def test_inputs_are_never_replaced(memory):
     memory.put("a", "/m/a", recursive=True)
     before = files(memory, "m/a")
-    for out in ("memory://m/a", "memory://m", "memory://m/a/sub"):
-        with pytest.raises(OutputError, match="it is an input of the merge, or contains one, or is in one"):
+    same = ("memory:///m/a", "MEMORY://m//a/", "memory://m/./a", "memory://m/x/../a")
+    refused = "it is an input of the merge, or contains one, or is in one"
+    for out in ("memory://m/a", "memory://m", "memory://m/a/sub", *same):
+        with pytest.raises(OutputError, match=refused):
             fastinterp.interpolate("memory://m/a", "b", 0.5, out, force=True)
+    for name in ("memory:///m/a", "simplecache::memory://m/a", "memory://m/a/model.safetensors"):
+        with pytest.raises(OutputError, match=refused):
+            fastinterp.interpolate(name, "b", 0.5, "memory://m/a", force=True)
     assert files(memory, "m/a") == before
+    fastinterp.interpolate("memory://m/a", "b", 0.5, "memory://m/ab", force=True)
+
+
+def test_places_of_addresses():
+    """Protocols of one store, and stores of one protocol, as their file systems say."""
+    store = type("S3FileSystem", (), {"storage_options": {}})
+    assert place_of(store(), "bucket/m/a") == place_of(store(), "/bucket//m/./a/") != place_of(store(), "bucket/m/b")
+    hosts = [type("SFTPFileSystem", (), {"storage_options": {"host": host}})() for host in ("one", "two", "ONE")]
+    one, two, other = (place_of(host, "/m/a") for host in hosts)
+    assert one == other != two
 
 
 class Full(MemoryFileSystem):

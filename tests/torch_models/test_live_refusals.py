@@ -54,6 +54,18 @@ def test_one_checkpoint_may_be_several_end_points(tmp_path, resident):
         assert_same_state(wanted, state(module))
 
 
+def test_more_directions_than_a_sum_has_inputs():
+    module, base, far = Buffers(1), Buffers(2).state_dict(), Buffers(3).state_dict()
+    with fastinterp.Live(module, base=base, directions={f"d{i}": far for i in range(64)}) as live:
+        live.set(d0=1.0)
+        assert same_bits(far["norm.weight"], module.norm.weight.detach())
+        live.set({f"d{i}": 0.5 for i in range(63)})
+        with pytest.raises(UsageError, match="at most 63 directions can have a distance at a time, got 64"):
+            live.set({f"d{i}": 0.5 for i in range(64)})
+        live.set(d63=1.0)
+        assert same_bits(far["norm.weight"], module.norm.weight.detach())
+
+
 class Extra(torch.nn.Linear):
     """Its state_dict holds more than tensors."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -131,6 +132,21 @@ def test_live_takes_integers_of_a_direction():
     other = Counting(5.0, torch.arange(3))
     with pytest.raises(ShapeError, match=r"ids is \[4\] in the module but \[3\] in direction far"):
         fastinterp.Live(module, base=state(base), directions={"far": state(other)}, integers="far")
+
+
+@pytest.mark.parametrize("elsewhere", ["a", "b"])
+def test_live_takes_integers_where_one_end_point_is_at_an_address(tmp_path, elsewhere):
+    a, b = Counting(1.0, torch.arange(4)), Counting(5.0, torch.arange(4) + 7)
+    ends = {name: saved(end, tmp_path / f"{name}.safetensors") for name, end in (("a", a), ("b", b))}
+    memory = fsspec.filesystem("memory")
+    memory.put_file(ends[elsewhere], "/live/m.safetensors")
+    ends[elsewhere] = "memory://live/m.safetensors"
+    module = Counting(9.0, torch.zeros(4, dtype=torch.int64))
+    for whose, want in (("a", a), ("b", b)):
+        with fastinterp.Live(module, a=ends["a"], b=ends["b"], integers=whose) as live:
+            live.set(0.5)
+            assert module.ids.tolist() == want.ids.tolist() and module.w.tolist() == [3.0] * 3
+    memory.rm("/live", recursive=True)
 
 
 def test_without_integers_buffers_of_the_module_stay():

@@ -53,8 +53,10 @@ class Identity(msgspec.Struct, frozen=True):
 
     @property
     def sure(self) -> bool:
-        """Whether runs of the same identity write the same bytes without doubt."""
-        return not self.methods
+        """Whether runs of the same identity write the same bytes without doubt: not with methods of others, nor where
+        only the size of an input is known, of a store that says nothing of versions.
+        """
+        return not self.methods and all(any(stamp[1:]) for stamp in self.inputs.values())
 
     def difference(self, other: Identity) -> str:
         """In what `other`, which is told to people as the present one, differs: `the recipe differs`."""
