@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fastinterp.backends.registry import maybe_driver
+from fastinterp.backends.registry import how_to_build, maybe_driver
 from fastinterp.errors import BackendError
 
 if TYPE_CHECKING:
@@ -13,14 +13,12 @@ if TYPE_CHECKING:
     from fastinterp.backends.device import Buffer, Queue
     from fastinterp.ops.steps import Step
 
-REMEDY = "It is built where nvcc is found: install the CUDA toolkit, and build fastinterp again"
-
 
 def _native() -> ModuleType:
     try:
         from fastinterp import _cuda
     except ImportError as error:
-        raise BackendError(f"this installation has no CUDA kernels (fastinterp._cuda). {REMEDY}") from error
+        raise BackendError(f"this installation has no CUDA kernels (fastinterp._cuda): {how_to_build()}") from error
     return _cuda
 
 

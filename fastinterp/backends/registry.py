@@ -26,7 +26,7 @@ class _Row:
     """One backend for accelerators.
 
     module  in backends/; it has `missing`, `device_count` and `device`, as device.py describes them
-    needs   modules that it imports, and the remedy if one is not installed
+    needs   modules that it imports, and the remedy if one is not installed; empty: fastinterp is to be built again
     kinds   the values of `--device` that it serves
     """
 
@@ -37,11 +37,11 @@ class _Row:
 
 # The backends for accelerators, the preferred one first.
 _EXTRA = "pip install 'fastinterp[gpu]'"
-_BUILD = "fastinterp was built without it, or without nvcc. Install nvcc, build again"
 _BACKENDS = {
-    "cuda": _Row("cuda", {"fastinterp._cuda": _BUILD}, ("cuda",)),
+    "cuda": _Row("cuda", {"fastinterp._cuda": ""}, ("cuda",)),
     "triton": _Row("triton.device", {"torch": _EXTRA, "triton": _EXTRA}, ("cuda", "triton")),
 }
+_NVCC = "/usr/local/cuda/bin/nvcc"  # where it is, if PATH does not have it
 _DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # of NVIDIA, under Windows, of AMD
 
 
@@ -169,6 +169,26 @@ def _serving(kind: str) -> list[str]:
     return [chosen]
 
 
+def nvcc() -> str | None:
+    """The path of CUDA's compiler, on PATH or where the toolkit is installed; None: it is not found."""
+    import shutil
+
+    return shutil.which("nvcc") or (_NVCC if os.access(_NVCC, os.X_OK) else None)
+
+
+def how_to_build() -> str:
+    """Why fastinterp has no CUDA kernels, and the command that builds them."""
+    import shlex
+    import shutil
+
+    path = nvcc()
+    compiler = "" if path is None or shutil.which("nvcc") else f"CUDACXX={shlex.quote(path)} "  # CMake looks on PATH
+    command = f"In the folder of its source: {compiler}FASTINTERP_CUDA=1 pip install ."
+    if path is None:
+        return f"fastinterp was built without nvcc. Install the CUDA toolkit, then build again. {command}"
+    return f"fastinterp was built with FASTINTERP_CUDA=0, or before nvcc ({path}) was there. {command}"
+
+
 def built(module: str) -> bool:
     """Whether a module can be imported, without importing it."""
     from importlib.util import find_spec
@@ -189,7 +209,7 @@ def _backend(name: str) -> _Backend:
     row = _BACKENDS[name]
     for module, remedy in row.needs.items():
         if not built(module):
-            return _Backend(f"{module} is missing: {remedy}", 0, _none)
+            return _Backend(f"{module} is missing: {remedy or how_to_build()}", 0, _none)
     backend = import_module(f"fastinterp.backends.{row.module}")
     missing = backend.missing()
     return _Backend(missing, 0, _none) if missing else _Backend(None, backend.device_count(), backend.device)

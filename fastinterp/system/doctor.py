@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import shutil
 import subprocess
 import tempfile
 import time
@@ -18,7 +17,7 @@ import numpy as np
 
 from fastinterp import _C
 from fastinterp._version import __version__
-from fastinterp.backends.registry import GPU_VARIABLE, ISA_VARIABLE, cpu_isa, cpu_threads, gpu_backends
+from fastinterp.backends.registry import GPU_VARIABLE, ISA_VARIABLE, cpu_isa, cpu_threads, gpu_backends, nvcc
 from fastinterp.errors import FastinterpError
 from fastinterp.in_memory.weighted_sum import weighted_sum
 
@@ -124,7 +123,9 @@ def _gpus() -> list[str]:
 
 
 def _nvcc() -> str | None:
-    path = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    path = nvcc()
+    if path is None:
+        return None
     release = re.search(r"release \S+ V?(\S+)|release ([\d.]+)", _output([path, "--version"]))
     return f"{release[1] or release[2]} ({path})" if release else None
 

@@ -120,9 +120,31 @@ def test_what_is_missing_is_said(monkeypatch):
 
 def test_without_a_build_the_remedy_is_told(monkeypatch):
     monkeypatch.setattr(backends, "built", lambda module: False)
-    with pytest.raises(BackendError, match=r"built without it, or without nvcc.*pip install 'fastinterp"):
+    with pytest.raises(BackendError, match=r"FASTINTERP_CUDA=1 pip install \..*pip install 'fastinterp"):
         find_devices(device_spec("cuda"))
     assert not backends.maybe_devices()
+
+
+@pytest.mark.parametrize("place", ["path", "toolkit", "none"])
+def test_the_remedy_is_about_the_nvcc_that_is_there(monkeypatch, tmp_path, place):
+    """Who has nvcc is not told to install it; one that is not on PATH is named to CMake."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(backends, "built", lambda module: False)
+    monkeypatch.setattr(backends, "_NVCC", str(nvcc) if place == "toolkit" else str(tmp_path / "none"))
+    monkeypatch.setenv("PATH", str(tmp_path) if place == "path" else str(tmp_path / "empty"))
+
+    why = backends.gpu_backends()["cuda"]
+
+    built = "FASTINTERP_CUDA=1 pip install ."
+    there = f"fastinterp was built with FASTINTERP_CUDA=0, or before nvcc ({nvcc}) was there. In the folder of its source"
+    assert why == {
+        "path": f"fastinterp._cuda is missing: {there}: {built}",
+        "toolkit": f"fastinterp._cuda is missing: {there}: CUDACXX={nvcc} {built}",
+        "none": "fastinterp._cuda is missing: fastinterp was built without nvcc. Install the CUDA toolkit, then build "
+        f"again. In the folder of its source: {built}",
+    }[place]
 
 
 # --- auto ------------------------------------------------------------------------------------------------------------
