@@ -68,13 +68,14 @@ def _range(ctx: click.Context, param: click.Parameter, value: str) -> tuple[floa
     metavar="LOW:HIGH",
     help="Range of the sliders.",
 )
+@click.option("--tokenizer", metavar="DIR", help="Folder with the tokenizer. Default: the base's own.")
 @click.option("--chat", is_flag=True, help="Format the prompt with the base's chat template.")
 @click.option("--port", default=8765, show_default=True, type=click.IntRange(0, 65535), help="Port; 0: any free one.")
 @options.offline
 @options.threads
 def explore(
     models: tuple[str, ...], base: str | None, added: dict[str, str], prompt: str, report: str | None,
-    span: tuple[float, float], chat: bool, port: int, threads: int | None,
+    span: tuple[float, float], tokenizer: str | None, chat: bool, port: int, threads: int | None,
 ) -> None:  # fmt: skip
     """Explore a path of language models on a local page.
 
@@ -92,12 +93,12 @@ def explore(
 
     sliders = Sliders.of(models, base, added)
     metrics = None if report is None else read_report(report, sliders)
-    _serve(sliders, metrics, prompt, span, chat=chat, port=port, threads=threads)
+    _serve(sliders, metrics, prompt, span, chat=chat, port=port, threads=threads, tokenizer=tokenizer)
 
 
 def _serve(
     sliders: Sliders, report: PathReport | None, prompt: str, span: tuple[float, float], *, chat: bool, port: int,
-    threads: int | None,
+    threads: int | None, tokenizer: str | None,
 ) -> None:  # fmt: skip
     """Load the model and serve the page until it is interrupted."""
     import gc
@@ -107,17 +108,21 @@ def _serve(
     from fastinterp.paths.explore import server
     from fastinterp.paths.explore.checkpoint import CheckpointWriter
     from fastinterp.paths.explore.facts import facts
-    from fastinterp.paths.explore.session import check_model, open_session
+    from fastinterp.paths.explore.session import check_model, check_packages, open_session
+    from fastinterp.plan.models import open_model
 
+    check_packages()
     gc.enable()  # it runs for long; and triton, in torch, warns at exit of objects that are left
     with server.bound(port) as sock:  # first: errors come before what takes long
-        check_model(sliders.base)
+        for name in (sliders.base, *sliders.models.values()):
+            open_model(name)
+        check_model(sliders.base, tokenizer)
         options.tell("measuring what the directions change")
         changes = deltas(sliders.base, list(sliders.models.values()), threads=threads)
         options.tell("loading the model")
         with (
             CheckpointWriter(sliders, threads=threads) as writer,
-            open_session(sliders, threads=threads, chat=chat) as session,
+            open_session(sliders, threads=threads, chat=chat, tokenizer=tokenizer) as session,
         ):
             data = facts(
                 sliders, changes, report, prompt=prompt, low=span[0], high=span[1], most_tokens=session.most_tokens,

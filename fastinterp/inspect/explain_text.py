@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastinterp.checkpoint.names import GGUF
+from fastinterp.checkpoint.sidecar_files import is_sidecar, is_tokenizer_file
 from fastinterp.messages import WIDTH, broken, counted, fit, plain, seconds, shown, size, table
 
 _SHOWN = 8  # items of one kind, before the rest is only counted
@@ -142,7 +144,7 @@ def _writes(values: dict[str, Any]) -> list[str]:
     lines.append(f"         {fit(', '.join(small), WIDTH - 9)}")
     origin, vocabulary = plain(values["origin"]), values["vocabulary"]
     if vocabulary is None:
-        lines.append(f"         configuration and tokenizer of {origin}")
+        lines.append(f"         {_origin(files, values['sidecars'], origin)}")
     else:
         lines.append(f"         configuration of {origin}, vocabulary: {plain(vocabulary)}")
     if values["moved"]:
@@ -150,6 +152,16 @@ def _writes(values: dict[str, Any]) -> list[str]:
         moved = f"{counted(len(values['moved']), 'tensor')} {how}: {', '.join(values['moved'])}"
         lines.append(fit(f"         {moved}", WIDTH))
     return lines
+
+
+def _origin(files: Sequence[Mapping[str, Any]], small: Sequence[str], origin: str) -> str:
+    """What the output has of its origin, beside tensors."""
+    names = [name.rpartition("/")[2] for name in small]
+    if any(map(is_tokenizer_file, names)) or files[0]["name"].endswith(GGUF):  # in whose metadata they are
+        return f"configuration and tokenizer of {origin}"
+    if any(map(is_sidecar, names)):
+        return f"configuration of {origin}, which has no tokenizer"
+    return f"no configuration and no tokenizer: none are beside {origin}"
 
 
 def _parameter_lines(values: dict[str, Any]) -> list[str]:

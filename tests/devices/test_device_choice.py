@@ -138,13 +138,18 @@ def test_the_remedy_is_about_the_nvcc_that_is_there(monkeypatch, tmp_path, place
     why = backends.gpu_backends()["cuda"]
 
     built = "FASTINTERP_CUDA=1 pip install ."
-    there = f"fastinterp was built with FASTINTERP_CUDA=0, or before nvcc ({nvcc}) was there. In the folder of its source"
-    assert why == {
-        "path": f"fastinterp._cuda is missing: {there}: {built}",
-        "toolkit": f"fastinterp._cuda is missing: {there}: CUDACXX={nvcc} {built}",
-        "none": "fastinterp._cuda is missing: fastinterp was built without nvcc. Install the CUDA toolkit, then build "
-        f"again. In the folder of its source: {built}",
-    }[place]
+    there = (
+        f"fastinterp was built with FASTINTERP_CUDA=0, or before nvcc ({nvcc}) was there. In the folder of its source"
+    )
+    assert (
+        why
+        == {
+            "path": f"fastinterp._cuda is missing: {there}: {built}",
+            "toolkit": f"fastinterp._cuda is missing: {there}: CUDACXX={nvcc} {built}",
+            "none": "fastinterp._cuda is missing: fastinterp was built without nvcc. Install the CUDA toolkit, then build "
+            f"again. In the folder of its source: {built}",
+        }[place]
+    )
 
 
 # --- auto ------------------------------------------------------------------------------------------------------------

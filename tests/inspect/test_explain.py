@@ -178,3 +178,26 @@ def test_the_result_of_check_has_the_names_of_its_json(folder):
     result = fastinterp.check(SLICES)
     assert (result.wrong, result.odd) == (result.errors, result.warnings)
     assert result.as_dict().keys() >= {"ok", "wrong", "odd"}
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["config.json", "tokenizer.json"], "configuration and tokenizer of a"),
+        (["config.json"], "configuration of a, which has no tokenizer"),
+        ([], "no configuration and no tokenizer: none are beside a"),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, list) else None,
+)
+def test_what_the_output_has_of_its_origin(tmp_path, monkeypatch, names, said):
+    """A tokenizer that is not there is not named."""
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        save(tmp_path / name, {"w": np.ones((2, 2), np.float32)})
+        (tmp_path / name / "config.json").unlink()
+        for file in names:
+            (tmp_path / name / file).write_text("{}")
+    recipe = (
+        "{merge_method: linear, models: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: 1}}]}"
+    )
+    assert f"         {said}\n" in explained(recipe)

@@ -300,7 +300,8 @@ def test_a_setting_becomes_a_recipe_a_command_and_a_checkpoint(program, models, 
         for other in weights[1:]:
             np.testing.assert_array_equal(other[name], value)
     status, _, body = program.post("/save", {"alphas": alphas, "folder": str(tmp_path / "saved")})
-    assert status == 422 and "not empty" in json.loads(body)["error"]
+    error = json.loads(body)["error"]
+    assert status == 422 and "not empty" in error and error.endswith(". Name a new folder")
     assert program.post("/save", {"alphas": alphas, "folder": ""})[0] == 400
     assert program.post("/save", {"alphas": {"x": 1}, "folder": "new"})[0] == 400
     assert json.loads(program.ask(path="/progress")[2]) == {"fraction": None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 import time
@@ -158,7 +159,61 @@ def test_missing_files_are_named_before_anything_is_measured(models, tmp_path, g
     given = ["explore", str(tmp_path / "base"), str(models / "x"), "--port", "0"]
     done = CliRunner().invoke(commands, given, prog_name="fastinterp")
     assert done.exit_code == 3 and said in done.stderr and "measuring" not in done.stderr
-    assert "Copy " in done.stderr and "or name the folder that has it" in done.stderr
+    assert "Copy " in done.stderr and "or name the folder that has " in done.stderr
+
+
+def explored(*given):
+    done = CliRunner().invoke(commands, ["explore", *map(str, given), "--port", "0"], prog_name="fastinterp")
+    assert "measuring" not in done.stderr
+    return done.exit_code, done.stderr
+
+
+def test_a_wrong_path_is_told_before_a_tokenizer_that_is_missing(models, tmp_path):
+    shutil.copytree(models / "base", tmp_path / "base")
+    (tmp_path / "base" / "tokenizer.json").unlink()
+    code, said = explored(tmp_path / "base", tmp_path / "nosuch")
+    assert code == 3 and f"{tmp_path / 'nosuch'}: " in said and "tokenizer" not in said
+    code, said = explored(tmp_path / "base", models / "x", "--tokenizer", tmp_path / "nosuch")
+    assert (code, said) == (3, f"CheckpointError: {tmp_path / 'nosuch'}: --tokenizer names no folder\n")
+    code, said = explored(tmp_path / "base", models / "x")
+    assert code == 3 and "or name the folder that has them: --tokenizer DIR. " in said
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers"])
+def test_what_is_not_installed_is_told_first(monkeypatch, package):
+    monkeypatch.setattr(
+        "fastinterp.paths.explore.session.find_spec", lambda name: None if name == package else object()
+    )
+    assert explored("nowhere", "nothing") == (
+        2, "UsageError: explore needs torch and transformers: pip install 'fastinterp[explore]'\n"
+    )  # fmt: skip
+
+
+def test_the_tokenizer_may_be_in_another_folder(models, tmp_path):
+    shutil.copytree(models / "base", tmp_path / "base")
+    (tmp_path / "base" / "tokenizer.json").unlink()
+    sliders = Sliders.of([str(tmp_path / "base"), str(models / "x")], None, {})
+    with open_session(sliders, threads=1, tokenizer=str(models / "q")) as session:
+        text = session.text(replace(request(0), alphas={"alpha": 1.0}))
+    assert text == "x" * 8
+
+
+def test_a_tokenizer_of_another_model_is_refused(models, tmp_path):
+    shutil.copytree(models / "base", tmp_path / "other")
+    document = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
+    token = {"id": 9999, "content": "<new>", "special": True, "single_word": False, "lstrip": False, "rstrip": False}
+    document["added_tokens"] = [*document.get("added_tokens", []), token | {"normalized": False}]
+    vocabulary = document["model"]["vocab"]
+    vocabulary.update({f"<{i}>": len(vocabulary) + i for i in range(300)})
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(
+        UsageError, match=r"--tokenizer .*other: it has \d+ tokens, and the model .*base has \d+\. Name"
+    ):
+        open_session(
+            Sliders.of([str(models / "base"), str(models / "x")], None, {}),
+            threads=1,
+            tokenizer=str(tmp_path / "other"),
+        )
 
 
 def test_tokenizers_of_bytes_need_no_vocabulary(models, tmp_path):

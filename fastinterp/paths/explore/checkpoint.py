@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import threading
 from collections.abc import Mapping
 from typing import Any
 
 from fastinterp.checkpoint.names import names_file
-from fastinterp.errors import UsageError
+from fastinterp.errors import OutputError, UsageError
 from fastinterp.execute.report import Report
 from fastinterp.execute.to_files import write_outputs
 from fastinterp.paths.explore.sliders import Sliders
@@ -44,6 +45,12 @@ def command_of(sliders: Sliders, alphas: Mapping[str, float]) -> str:
         ends = shlex.join([sliders.base, model])
         return f"fastinterp interpolate {ends} --alpha {alphas[name]:.10g} -o {_OUT}"
     return f"fastinterp merge - {_OUT} <<'END'\n{recipe_text(sliders, alphas)}END"
+
+
+def _without_options(message: str) -> str:
+    """A message about an output, for the page: it never replaces anything, and has no options."""
+    message = message.replace(", and --force does not remove them", "")
+    return re.sub(r"(?:To throw it away, a|A)dd --force \(in Python force=True\)[^.;]*", "Name a new folder", message)
 
 
 class CheckpointWriter:
@@ -82,6 +89,8 @@ class CheckpointWriter:
                 durable=False, progress=self._progress,
             )  # fmt: skip
             return report
+        except OutputError as error:
+            raise OutputError(_without_options(str(error))) from error
         finally:
             self.fraction = None
             self._one_at_a_time.release()

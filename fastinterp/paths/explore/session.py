@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from fastinterp.checkpoint.sidecar_files import is_tokenizer_file
 from fastinterp.errors import CheckpointError, UsageError
 from fastinterp.paths.explore.requests import LONGEST, GenerationRequest
 from fastinterp.paths.explore.sliders import Sliders
-from fastinterp.presence import is_file, names_at
+from fastinterp.presence import is_file, is_folder, names_at
 from fastinterp.tokenizer.vocabulary import MAX_TOKENIZER
 from fastinterp.torch_models.live import Live
 
@@ -149,54 +151,82 @@ def _positions(config: Any) -> int | None:
     return None
 
 
-def check_model(checkpoint: str) -> Path:
+def check_packages() -> None:
+    """Raises: UsageError, if torch or transformers is not installed. Imports neither."""
+    if find_spec("torch") is None or find_spec("transformers") is None:
+        raise UsageError("explore needs torch and transformers: pip install 'fastinterp[explore]'")
+
+
+def check_model(checkpoint: str, tokenizer: str | None = None) -> Path:
     """The folder of a model, if it has the files that transformers needs to generate text.
 
+    tokenizer  the folder with the tokenizer; None: the model's own
     Raises: CheckpointError, with the files that are missing, and what to do.
     """
     root = open_checkpoint(checkpoint).root
-    remedy = "Copy {} from the model that this one was made from, or name the folder that has it"
     if not is_file(root / "config.json"):
-        raise CheckpointError(f"config.json is missing. {remedy.format('it')}", file=str(root))
-    files = [n for n in names_at(root) if is_tokenizer_file(n)]
-    settings = root / "tokenizer_config.json"
+        raise CheckpointError(
+            "config.json is missing. Copy it from the model that this one was made from, or name the folder that has it",
+            file=str(root),
+        )
+    place = tokenizer_folder(root, tokenizer)
+    if not is_folder(place):
+        raise CheckpointError("--tokenizer names no folder", file=str(place))
+    files = [n for n in names_at(place) if is_tokenizer_file(n)]
+    settings = place / "tokenizer_config.json"
     text = read_regular(str(settings), MAX_TOKENIZER).decode(errors="replace") if is_file(settings) else ""
     byte_level = any(f'"{name}"' in text for name in _BYTE_LEVEL)
     if not byte_level and all(n.startswith(_NO_VOCABULARY) for n in files):
         only = f" (only {listing(files)})" if files else ""
         raise CheckpointError(
             f"there is no tokenizer in the folder{only}: tokenizer.json is missing, or tokenizer.model, or vocab.json "
-            f"with merges.txt. {remedy.format('tokenizer.json and tokenizer_config.json')}",
-            file=str(root),
+            "with merges.txt. Copy tokenizer.json and tokenizer_config.json from the model that this one was made from, "
+            "or name the folder that has them: --tokenizer DIR. Without a tokenizer, as of the models that `fastinterp "
+            "bench` makes, there is no text to explore",
+            file=str(place),
         )
     return root
 
 
-def open_session(sliders: Sliders, *, threads: int | None = None, chat: bool = False) -> Session:
+def tokenizer_folder(root: Path, tokenizer: str | None) -> Path:
+    """Where the tokenizer is: in the folder given, else in the model's own."""
+    return root if tokenizer is None else Path(os.path.expanduser(tokenizer))
+
+
+def open_session(
+    sliders: Sliders, *, threads: int | None = None, chat: bool = False, tokenizer: str | None = None
+) -> Session:
     """A session with the base's model and tokenizer, loaded by transformers. No code of the checkpoint is run.
 
-    Raises: UsageError, if transformers is missing; CheckpointError, if it cannot open the folder, or files are missing.
+    tokenizer  the folder with the tokenizer; None: the base's own
+    Raises: UsageError, if transformers is missing, or the tokenizer is another model's; CheckpointError, if it cannot
+    open the folder, or files are missing.
     """
-    try:
-        import transformers
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ImportError:
-        raise UsageError("explore needs torch and transformers: pip install 'fastinterp[explore]'") from None
+    check_packages()
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    root = check_model(sliders.base)
+    root = check_model(sliders.base, tokenizer)
     transformers.utils.logging.disable_progress_bar()
+    what = "a causal language model" if tokenizer is None else "a tokenizer"
+    place = tokenizer_folder(root, tokenizer)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(root, local_files_only=True)
+        words = AutoTokenizer.from_pretrained(place, local_files_only=True)
+        place, what = root, "a causal language model"
         module = AutoModelForCausalLM.from_pretrained(root, dtype="auto", local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise CheckpointError(
-            f"transformers cannot open this as a causal language model: {reason}", file=str(root)
-        ) from None
+        raise CheckpointError(f"transformers cannot open this as {what}: {reason}", file=str(place)) from None
+    rows = module.get_input_embeddings().num_embeddings
+    if tokenizer is not None and len(words) > rows:
+        raise UsageError(
+            f"--tokenizer {tokenizer}: it has {len(words)} tokens, and the model {root} has {rows}. Name the folder of the "
+            "model that this one was made from"
+        )
     module.eval()
     # Without a base of its own, Live starts from the module's weights, which are the base's: one copy less in memory.
     live = Live(_named_as(module, sliders.base), directions=dict(sliders.models), threads=threads)
-    return Session(module, tokenizer, live, chat=chat)
+    return Session(module, words, live, chat=chat)
 
 
 def _named_as(module: Any, checkpoint: str) -> Any:
