@@ -19,6 +19,11 @@ def listen(to: Callable[[str], None] | None) -> None:
     _listener = to
 
 
+def heard() -> bool:
+    """Whether anybody hears what `tell` says."""
+    return _listener is not None
+
+
 def tell(line: str) -> None:
     """Say at once what a run does of its own accord: the command line prints it on stderr; Python hears nothing."""
     if _listener is not None:

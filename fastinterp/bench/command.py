@@ -29,10 +29,12 @@ _SIZES = ("tiny", "100m", "1b", "7b")
 _SMALL = 20_000_000  # bytes: copied in less time than Python takes to start
 _DELTA = (0.6, -0.3)  # weights of task vectors, alternately
 
-# Program for another Python that prints its packages without importing them.
+# Program for another Python that prints its packages without importing them; not those that it does not find.
 _PROBE = (
-    "import json, sys; from importlib.metadata import distributions; "
-    "print(json.dumps({d.metadata['Name'].lower(): d.version for d in distributions()}))"
+    "import json; from importlib.metadata import distributions; from importlib.util import find_spec; "
+    f"gone = [n for n in {sorted({n for names in _NEEDS.values() for n in names})} if find_spec(n) is None]; "
+    "found = {d.metadata['Name'].lower(): d.version for d in distributions()}; "
+    "print(json.dumps({n: v for n, v in found.items() if n not in gone}))"
 )
 
 

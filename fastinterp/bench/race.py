@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastinterp.backends.cpu import cached_fraction
-from fastinterp.errors import FastinterpError, UsageError
+from fastinterp.errors import CheckpointError, FastinterpError, StorageError, UsageError
 
 _TICK_S = 0.005  # between two measurements of the memory
 _SHOWN = 2000  # characters of the output of a failed command, the last ones
@@ -141,9 +141,22 @@ def _run(racer: Racer, log: Path, watch: bool) -> tuple[float, float, int]:
                 os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
     if child.returncode:
-        tail = log.read_text("utf-8", "replace")[-_SHOWN:].strip()
-        raise FastinterpError(f"{racer.name} failed (exit {child.returncode}): {' '.join(racer.command)[:200]}\n{tail}")
+        raise _failed(racer, child.returncode, log.read_text("utf-8", "replace")[-_SHOWN:])
     return wall_s, usage.ru_utime + usage.ru_stime, peak
+
+
+def _failed(racer: Racer, code: int, output: str) -> FastinterpError:
+    """The error of a program that failed, with the last line of its output. That of fastinterp has its exit code."""
+    last = next((line.strip() for line in reversed(output.splitlines()) if line.strip()), "it said nothing")
+    what = f"{racer.name} failed (exit {code}): {last}"
+    if racer.name != "fastinterp":
+        return UsageError(
+            f"{what}. Mend that, or leave {racer.name} out of --against, or choose with --python another Python"
+        )
+    error = StorageError(what)
+    if code in (UsageError.exit_code, CheckpointError.exit_code):
+        error.exit_code = code
+    return error
 
 
 def _anonymous(pid: int) -> int:

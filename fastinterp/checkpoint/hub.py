@@ -108,8 +108,10 @@ def offline() -> str:
         return run.refused
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return "HF_HUB_OFFLINE is set"
-    from huggingface_hub import constants
-
+    try:
+        from huggingface_hub import constants
+    except ImportError:  # who needs it says so
+        return ""
     return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
 
 

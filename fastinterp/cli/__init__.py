@@ -129,6 +129,12 @@ def _usage_errors_plain() -> Iterator[None]:
         yield
     except click.ClickException as error:
         vars(error)["message"] = plain(error.message)
+        if isinstance(error, click.NoSuchOption) and error.possibilities:
+            from difflib import get_close_matches
+
+            names = {name.lstrip("-"): name for name in error.possibilities}  # all are alike in their dashes
+            close = get_close_matches(error.option_name.lstrip("-"), names)
+            vars(error)["possibilities"] = [names[name] for name in close]
         raise
 
 

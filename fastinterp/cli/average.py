@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,18 @@ import click
 from fastinterp.cli import faults, options
 from fastinterp.cli.faults import told_together
 from fastinterp.cli.merge import outcome_of, warn
+from fastinterp.errors import UsageError
 from fastinterp.paths.average import WEIGHT_NAMES
+from fastinterp.presence import exists
+from fastinterp.urls import is_url
+
+_NAMED = 8  # checkpoints in a message
 
 
 @click.command()
 @click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT...")
 @click.option(
-    "-o", "--out", required=True, metavar="OUT", help="Output folder, or file NAME.safetensors (GGUF: NAME.gguf)."
+    "-o", "--out", metavar="OUT", help="Output folder, or file NAME.safetensors (GGUF: NAME.gguf). Always needed."
 )
 @click.option(
     "--weights", type=click.Choice(WEIGHT_NAMES), default="uniform", show_default=True,
@@ -39,7 +46,7 @@ from fastinterp.paths.average import WEIGHT_NAMES
 @options.stream
 @options.output
 def average(
-    checkpoints: tuple[str, ...], out: str, push_to: str | None, public: bool, quiet: bool, as_json: bool,
+    checkpoints: tuple[str, ...], out: str | None, push_to: str | None, public: bool, quiet: bool, as_json: bool,
     **settings: Any,
 ) -> None:  # fmt: skip
     """Average the checkpoints of a training run.
@@ -59,6 +66,8 @@ def average(
     from fastinterp.paths.average import average_of
 
     options.refuse_ranks("average")
+    if out is None:
+        raise UsageError(_without_output(checkpoints))
     chosen = {name: settings.pop(name) for name in ("weights", "decay", "last", "in_order", "tokenizer_source")}
     found = average_of(checkpoints, **chosen)
     models = faults.of_models(found.checkpoints)
@@ -76,3 +85,12 @@ def average(
         lines = [f"  {weight:.4f}  {plain(checkpoint)}" for checkpoint, weight in rows]
         lines += [f"  uploaded: {address}"] if address else []
         options.say("\n".join([report.summary(), "weights, oldest first:", *lines]))
+
+
+def _without_output(checkpoints: Sequence[str]) -> str:
+    """What is said if -o is missing: the last of the arguments may be meant."""
+    *models, last = checkpoints
+    if not models or exists(last) or any(c in last for c in "*?[") or is_url(last):
+        models, last = list(checkpoints), "OUT"
+    names = shlex.join(models) if len(models) <= _NAMED else "CHECKPOINT..."
+    return f"the output is not named. Write it as -o OUT: fastinterp average {names} -o {shlex.quote(last)}"

@@ -11,13 +11,15 @@ _LISTED = 3  # numbers that are told one by one
 
 
 def kept(strength: float, sampled: bool) -> str:
-    """`rounding kept 24 % of the change (sampled)`.
+    """`rounding kept 24 % of the change (sampled)`; `rounding made the change 1.25 times as large`.
 
     strength  as of RoundingEffect
     sampled   whether it was measured on a part of the elements
     """
-    what = "kept" if strength < 1.005 else "made"
-    return f"rounding {what} {100 * strength:.3g} % of the change{' (sampled)' if sampled else ''}"
+    larger = f"{strength:.3g}"
+    more = float(larger) > 1
+    what = f"made the change {larger} times as large" if more else f"kept {100 * strength:.3g} % of the change"
+    return f"rounding {what}{' (sampled)' if sampled else ''}"
 
 
 def asked_of(recipe: Recipe, shown: Callable[[str], str] = str) -> dict[str, float]:

@@ -10,7 +10,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from fastinterp.execute.kept import acting, acting_lines, asked_of, kept
-from fastinterp.messages import counted, plain, seconds, size
+from fastinterp.messages import counted, heard, plain, seconds, size
 
 if TYPE_CHECKING:
     from fastinterp.execute.jobs.densities import Density
@@ -237,7 +237,8 @@ class Report:
         )
         warnings = [f"warning: {plain(w)}" for w in self.warnings]
         remarks = [f"note: {plain(remark)}" for remark in self.remarks]
-        resumed = [] if self.resumed is None else [kept_line(self.resumed)]
+        told = self.resumed is None or heard()  # at the start of the run
+        resumed = [] if told or self.resumed is None else [kept_line(self.resumed)]
         first = [*resumed, *self._unchanged()]
         return [*first, *remarks, *self._density_note(), *self._device_notes(), *warnings, *removed]
 

@@ -10,7 +10,7 @@ from typing import Annotated
 from fastinterp.checkpoint import hub
 from fastinterp.checkpoint.names import quote, shell_word
 from fastinterp.errors import CheckpointError, UsageError
-from fastinterp.messages import listed, suggestion
+from fastinterp.messages import closest, listed
 from fastinterp.presence import is_folder
 from fastinterp.urls import is_url
 from fastinterp.verification.made_output import MadeOutput
@@ -21,7 +21,7 @@ ModelPlaces = Annotated[
     """Where the models of a receipt are now, if they are not where it says, or near the output.
 
     "models/"              a folder that has them, by the names in the receipt
-    "NAME=PATH"            the place of one model
+    "NAME=PATH"            the place of one model; the last part of its name will do, if it is that of no other
     ["a=/x/a", "models/"]  several of both
     {"NAME": "PATH"}       the same as a mapping
     """,
@@ -58,28 +58,40 @@ def _split(given: ModelPlaces | None, wanted: Sequence[str]) -> tuple[dict[str, 
         return {}, []
     if isinstance(given, Mapping):
         pairs = [(name, os.fspath(path)) for name, path in given.items()]
-        every: list[str] = []
+        items: list[str] = []
     else:
-        items = [given] if isinstance(given, (str, os.PathLike)) else given
-        every = [os.fspath(item) for item in items]
-        pairs = [
-            (name, path) for item in every for name, equals, path in [item.partition("=")] if equals and name in wanted
-        ]
-        every = [item for item in every if item.partition("=")[0] not in wanted or "=" not in item]
+        pairs = []
+        items = [os.fspath(item) for item in ([given] if isinstance(given, (str, os.PathLike)) else given)]
+    folders = []
+    for item in items:
+        name, equals, path = item.partition("=")
+        folder = Path(os.path.expanduser(item))
+        if equals and (_named(name, wanted) or not is_folder(folder)):
+            pairs.append((name, path))
+        elif is_folder(folder):
+            folders.append(folder)
+        else:
+            raise UsageError(f"{quote(item)}: no folder. The models are {listed(wanted, 8)}")
+    by_name = {}
     for name, path in pairs:
-        if name not in wanted:
-            raise UsageError(f"the receipt names no model {quote(name)}{suggestion(name, wanted)}: {listed(wanted, 8)}")
+        meant = _named(name, wanted)
+        if len(meant) > 1:
+            raise UsageError(f"{quote(name)} may be {' or '.join(meant)}. Write one of these")
+        if not meant:
+            close = closest(name, wanted)
+            hint = f", did you mean {quote(close)}?" if close else "."
+            raise UsageError(f"the receipt names no model {quote(name)}{hint} The models are {listed(wanted, 8)}")
         if not path:
             raise UsageError(f"{quote(name + '=')} says no place")
-    folders = []
-    for item in every:
-        folder = Path(os.path.expanduser(item))
-        if not is_folder(folder):
-            name = item.partition("=")[0]
-            hint = f"the receipt names no model {quote(name)}{suggestion(name, wanted)}" if "=" in item else "no folder"
-            raise UsageError(f"{quote(item)}: {hint}. The models are {listed(wanted, 8)}")
-        folders.append(folder)
-    return dict(pairs), folders
+        by_name[meant[0]] = path
+    return by_name, folders
+
+
+def _named(name: str, wanted: Sequence[str]) -> list[str]:
+    """The models of a receipt that a name may stand for: the one of this name, else those whose last part it is."""
+    if name in wanted:
+        return [name]
+    return [one for one in wanted if os.path.basename(os.path.normpath(one)) == name]
 
 
 def _find(name: str, made: MadeOutput, folders: Sequence[Path]) -> str | None:

@@ -15,7 +15,8 @@ from safetensors.numpy import save_file
 from fastinterp.checkpoint import hub
 from fastinterp.checkpoint.header import read_header
 from fastinterp.checkpoint.open import changed_since, open_checkpoint
-from fastinterp.errors import CheckpointError
+from fastinterp.errors import CheckpointError, OutputError
+from fastinterp.output import hub_upload
 
 
 def put(folder: Path, name: str, *tensors: str) -> None:
@@ -355,6 +356,8 @@ def test_hub_client_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(CheckpointError, match="pip install huggingface_hub"):
         hub.find("org/name")
+    with pytest.raises(OutputError, match=r"org/name: this needs .* pip install huggingface_hub"):
+        hub_upload.Upload("org/name", "out")
 
 
 def test_small_files_of_the_hub():

@@ -146,8 +146,8 @@ def test_the_remedy_is_about_the_nvcc_that_is_there(monkeypatch, tmp_path, place
         == {
             "path": f"fastinterp._cuda is missing: {there}: {built}",
             "toolkit": f"fastinterp._cuda is missing: {there}: CUDACXX={nvcc} {built}",
-            "none": "fastinterp._cuda is missing: fastinterp was built without nvcc. Install the CUDA toolkit, then build "
-            f"again. In the folder of its source: {built}",
+            "none": "fastinterp._cuda is missing: fastinterp was built without nvcc. Install the CUDA toolkit, then "
+            f"build again. In the folder of its source: {built}",
         }[place]
     )
 

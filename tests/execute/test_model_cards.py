@@ -149,7 +149,7 @@ def test_a_card_tells_what_a_weight_acts_as(models):
     save(models / "y", {"w": ones + 1})
     fastinterp.interpolate("x", "y", 0.75, "out")
     text = (models / "out" / "README.md").read_text()
-    assert "* rounding kept 133 % of the change".replace("kept", "made") in text
+    assert "* rounding made the change 1.33 times as large" in text
     assert "* weight 0.75 of y acts as 1\n" in text
     (models / "r.yml").write_text(LINEAR.replace("model: a", "model: x").replace("model: b", "model: y"))
     done = CliRunner().invoke(commands, ["merge", "r.yml", "other"], prog_name="fastinterp", catch_exceptions=False)

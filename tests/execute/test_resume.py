@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 import yaml
 
 from fastinterp.execute.resume.records import Round
+from fastinterp.execute.resume.session import removal
 from fastinterp.output.journal import take_over
 from tests.support import gguf_models, quantised_models
 from tests.support.models import layers, save
@@ -327,6 +329,32 @@ def test_an_interrupted_run_of_much_work_is_kept(case, stop):
     assert done.returncode == 0 and shares(done.stderr)[0] > 0
     assert case.outputs("killed") == case.files
     assert reports(done.stdout, "killed") == case.report
+
+
+@pytest.mark.parametrize("case", ["interpolate"], indirect=True)
+def test_what_is_kept_is_said_once(case):
+    """And many outputs are thrown away by one pattern."""
+    done = case.run("killed", KILL="SIGTERM:3", KEPT_S="0")
+    assert error_of(done).endswith(". To throw it away: rm -r killed/alpha_*")
+    command = [part.replace("OUT", "killed") for part in case.command]
+    env = {**CLEAN, "PYTHONPATH": str(ROOT), "ROUND": case.ROUND}
+    done = subprocess.run(
+        [sys.executable, PROGRAM, *command], cwd=case.folder, env=env, capture_output=True, text=True, check=True
+    )
+    assert (done.stderr + done.stdout).count("resumed: ") == 1
+
+
+def test_a_pattern_matches_nothing_but_what_is_left(tmp_path):
+    names = [f"alpha_{i}" for i in range(6)]
+    for name in names:
+        (tmp_path / "a b" / name).mkdir(parents=True)
+    paths = [str(tmp_path / "a b" / name) for name in names]
+    assert removal(paths) == f"'{tmp_path}/a b/alpha_'*"
+    assert removal(paths[:2]) == f"'{tmp_path}/a b/alpha_0' '{tmp_path}/a b/alpha_1'"
+    (tmp_path / "a b" / "alpha_7").mkdir()
+    assert removal(paths) == shlex.join(paths)
+    subprocess.run(f"rm -r {removal(paths)}", shell=True, check=True)
+    assert [path.name for path in (tmp_path / "a b").iterdir()] == ["alpha_7"]
 
 
 @pytest.mark.parametrize("case", ["shards"], indirect=True)

@@ -139,8 +139,8 @@ def test_a_failing_command_shows_what_it_said(tiny, tmp_path):
     shutil.copytree(tiny, broken)
     next((broken / "ft2").glob("*.safetensors")).write_bytes(b"\0" * 100)
     done = run_bench("--models", broken, "--against", "copy", "--dir", tmp_path)
-    assert done.returncode == 1
-    assert "fastinterp failed (exit 3)" in done.stderr and "safetensors" in done.stderr
+    assert done.returncode == 3
+    assert "fastinterp failed (exit 3): CheckpointError: " in done.stderr and "safetensors" in done.stderr
 
 
 def test_wrong_answers_are_not_timed(tiny, tmp_path, monkeypatch):
@@ -172,6 +172,28 @@ def test_a_rival_that_is_not_installed_says_how_to_install_it(monkeypatch, tmp_p
         invoke("--against", "mergekit", "--dir", str(tmp_path))
     with pytest.raises(UsageError, match=r"naive needs torch.*pip install torch safetensors"):
         invoke("--against", "naive", "--dir", str(tmp_path))
+
+
+def test_a_package_that_cannot_be_imported_is_none(monkeypatch, tmp_path):
+    """Its metadata may be there all the same."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(UsageError, match=r"--against naive needs torch, which .* does not have\. pip install torch"):
+        invoke("--against", "naive", "--dir", str(tmp_path))
+
+
+def test_a_rival_that_fails_says_why_in_one_line(tmp_path):
+    """And the exit code is not that of a difference."""
+    program = [sys.executable, "-c", "import no_such_module"]
+    (tmp_path / "input").write_bytes(b"1")
+    with pytest.raises(UsageError) as told:
+        race.race(
+            [race.Racer("naive", program, lambda: 0)], [tmp_path / "input"], tmp_path, runs=1, cold=False, say=print
+        )
+    assert str(told.value) == (
+        "naive failed (exit 1): ModuleNotFoundError: No module named 'no_such_module'. Mend that, or leave naive out "
+        "of --against, or choose with --python another Python"
+    )
 
 
 def test_naive_is_left_out_where_a_package_is_missing(tiny, tmp_path, monkeypatch):

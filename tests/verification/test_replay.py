@@ -89,6 +89,23 @@ def test_relative_names_that_lead_nowhere(tmp_path, monkeypatch):
     places = [f"models/{name}={tmp_path / 'x' / name}" for name in ("base", "ft1")]
     assert fastinterp.replay(tmp_path / "a/b/c/out", tmp_path / "again", models=places).same
     assert fastinterp.verify(tmp_path / "a/b/c/out", models=tmp_path / "x").ok
+    places = [f"{name}={tmp_path / 'x' / name}" for name in ("base", "ft1")]  # the last parts of their names
+    assert fastinterp.verify(tmp_path / "a/b/c/out", models=places).ok
+    with pytest.raises(UsageError) as told:
+        fastinterp.verify(tmp_path / "a/b/c/out", models=["ft2=x"])
+    assert str(told.value) == "the receipt names no model `ft2`. The models are models/base, models/ft1"
+
+
+def test_a_last_part_that_two_models_have_names_neither(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base, ft1 = saved_in(tmp_path / "models", related(2))
+    for place, model in (("a", base), ("b", ft1)):
+        shutil.move(model, tmp_path / place / "ft")
+    fastinterp.merge(recipe_of("linear", [Path("a/ft"), Path("b/ft")]), "out")
+    with pytest.raises(UsageError) as told:
+        fastinterp.verify("out", models=["ft=a/ft"])
+    assert str(told.value) == "`ft` may be a/ft or b/ft. Write one of these"
+    assert fastinterp.verify("out", models=["a/ft=a/ft"]).ok
 
 
 def test_private_outputs_name_no_model(tmp_path):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from fastinterp.errors import CheckpointError, OutputError, UsageError
@@ -20,6 +22,7 @@ from fastinterp.output.journal import Journal, boot
 from fastinterp.plan.plan import Plan
 
 IDENTITY, ROUND = "identity", "round"  # kinds of records
+_NAMED = 4  # paths of a folder that are named one by one
 KEPT_S = 10.0  # seconds of work, from which on an interrupted run leaves its output to be resumed
 
 
@@ -49,7 +52,7 @@ class Session:
         except ValueError as error:
             raise OutputError(
                 f"{first.name}: what a run noted of it does not fit it: {error}. To throw it away: "
-                f"`rm -r {shlex.join(first.left())}`"
+                f"`rm -r {removal(first.left())}`"
             ) from None
         self._noted = bool(rounds)
         self.before = rounds[-1].seconds if rounds else 0.0
@@ -113,7 +116,7 @@ class Session:
             return
         for folder in folders:
             folder.leave()
-        remove = shlex.join(path for folder in folders for path in folder.left())
+        remove = removal([path for folder in folders for path in folder.left()])
         error.outcome = (  # type: ignore[attr-defined]
             f"{int(100 * self._finished / self._total)} % is kept: run the same command again to go on. To throw it "
             f"away: rm -r {remove}"
@@ -131,6 +134,24 @@ class Session:
         journal.append(ROUND, record)
         plan = self._plans[record.plan]
         self._finished += len(plan.recipes) * sum(plan.tensors[number].nbytes for number in record.tensors)
+
+
+def removal(paths: Sequence[str]) -> str:
+    """These paths as arguments of `rm -r`: many of one folder as a pattern, if it matches nothing else there."""
+    folders: dict[str, list[str]] = {}
+    for path in paths:
+        folders.setdefault(os.path.dirname(path), []).append(os.path.basename(path))
+    words: list[str] = []
+    for folder, names in folders.items():
+        start, there = os.path.commonprefix(names), []  # noqa: RUF071 - of names, not of paths
+        if len(names) > _NAMED and start:
+            with suppress(OSError):
+                there = [name for name in os.listdir(folder or ".") if name.startswith(start)]
+        if {*there} == {*names}:
+            words.append(shlex.quote(os.path.join(folder, start)) + "*")
+        else:
+            words += [shlex.quote(os.path.join(folder, name)) for name in names]
+    return " ".join(words)
 
 
 def about_lost(plan: Plan, lost: Sequence[int]) -> str:

@@ -166,7 +166,8 @@ def check_model(checkpoint: str, tokenizer: str | None = None) -> Path:
     root = open_checkpoint(checkpoint).root
     if not is_file(root / "config.json"):
         raise CheckpointError(
-            "config.json is missing. Copy it from the model that this one was made from, or name the folder that has it",
+            "config.json is missing. Copy it from the model that this one was made from, or name the folder that has "
+            "it",
             file=str(root),
         )
     place = tokenizer_folder(root, tokenizer)
@@ -180,8 +181,8 @@ def check_model(checkpoint: str, tokenizer: str | None = None) -> Path:
         only = f" (only {listing(files)})" if files else ""
         raise CheckpointError(
             f"there is no tokenizer in the folder{only}: tokenizer.json is missing, or tokenizer.model, or vocab.json "
-            "with merges.txt. Copy tokenizer.json and tokenizer_config.json from the model that this one was made from, "
-            "or name the folder that has them: --tokenizer DIR. Without a tokenizer, as of the models that `fastinterp "
+            "with merges.txt. Copy tokenizer.json and tokenizer_config.json from the model that this one was made "
+            "from, or name the folder that has them: --tokenizer DIR. Without a tokenizer, as of the models that `fastinterp "
             "bench` makes, there is no text to explore",
             file=str(place),
         )
@@ -220,8 +221,8 @@ def open_session(
     rows = module.get_input_embeddings().num_embeddings
     if tokenizer is not None and len(words) > rows:
         raise UsageError(
-            f"--tokenizer {tokenizer}: it has {len(words)} tokens, and the model {root} has {rows}. Name the folder of the "
-            "model that this one was made from"
+            f"--tokenizer {tokenizer}: it has {len(words)} tokens, and the model {root} has {rows}. Name the folder of "
+            "the model that this one was made from"
         )
     module.eval()
     # Without a base of its own, Live starts from the module's weights, which are the base's: one copy less in memory.
