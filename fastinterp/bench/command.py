@@ -93,7 +93,7 @@ def bench(
         shutil.rmtree(work, ignore_errors=True)
     values = {"benchmark": "race", "recipe": recipe, "size": None if models else size, **values}
     if as_json:
-        click.echo(json.dumps(values, indent=1))
+        click.echo(json.dumps({"ok": True, **values}, indent=1))
     else:
         click.echo(_fitting("\n".join(as_text(values)), sys.stdout))
 

@@ -8,6 +8,7 @@ import click
 
 from fastinterp.cli import grammar, options
 from fastinterp.cli.faults import told_together
+from fastinterp.errors import ShapeError
 
 
 @click.command()
@@ -125,7 +126,7 @@ def inspect(checkpoint: str, every: bool, as_json: bool) -> None:
     if as_json:
         options.say_json(describe.as_dict(opened))
     else:
-        options.say(describe.as_text(opened, every=every, whole=not sys.stdout.isatty()))
+        options.say(describe.as_text(opened, every=every, whole=options.columns(sys.stdout) is None))
 
 
 @click.command()
@@ -143,7 +144,7 @@ def diff(
     """Measure how checkpoint B differs from A.
 
     For each layer and tensor: |d|/|a|, the norm of d = B - A relative to that of A; the cosine similarity of A and B;
-    and the fraction of elements that differ.
+    and the fraction of elements that differ. Exit code 3: they have no tensor that can be compared.
 
     \b
     Example:
@@ -164,7 +165,9 @@ def diff(
         from fastinterp.paths.plot import plot_difference
 
         plot_difference(comparison, plot, f"{b} against {a}")
-    if as_json:
+    if as_json and comparison.tensors:
         options.say_json({"a": a, "b": b, **as_dict(comparison)})
-    else:
-        options.say(as_text(comparison, every=every, whole=not sys.stdout.isatty()))
+    elif not as_json:
+        options.say(as_text(comparison, every=every, whole=options.columns(sys.stdout) is None))
+    if not comparison.tensors:
+        raise ShapeError(f"nothing was compared: no tensor of {a} can be measured against one of {b}")

@@ -221,14 +221,16 @@ def refuse_ranks(command: str) -> None:
         )
 
 
-def say(text: str) -> None:
+def say(text: str, *, whole: bool = False) -> None:
     """Print a result on stdout, in lines; on a terminal none is cut inside a word. What does not print is escaped: this
     and `tell` are the only ways out.
 
+    whole  no line is broken, whatever the width
     Raises: StorageError, if it cannot be written; a closed pipe (`| head`) ends the program without a message.
     """
     try:
-        _print(fitting(plain_lines(text), sys.stdout))
+        text = plain_lines(text)
+        _print(text if whole else fitting(text, sys.stdout))
     except BrokenPipeError:
         raise  # click ends the program
     except OSError as error:
@@ -253,13 +255,24 @@ def fitting(text: str, stream: Any, less: int = 0) -> str:
 
     less  columns that are taken already
     """
-    if stream is None or not stream.isatty():
+    width = columns(stream)
+    if width is None:
         return text
-    from shutil import get_terminal_size
-
     from fastinterp.messages import broken
 
-    return broken(text, get_terminal_size().columns - less)
+    return broken(text, width - less)
+
+
+def columns(stream: Any) -> int | None:
+    """The width of a stream: a terminal's; of stdout what the variable COLUMNS says; None: lines have any length."""
+    from shutil import get_terminal_size
+
+    if stream is None:
+        return None
+    said = os.environ.get("COLUMNS", "")
+    if stream.isatty() or (stream is sys.stdout and said.isascii() and said.isdigit() and int(said) > 0):
+        return get_terminal_size().columns
+    return None
 
 
 def _print(text: str, *, err: bool = False) -> None:
@@ -270,12 +283,14 @@ def _print(text: str, *, err: bool = False) -> None:
 
 
 def say_json(value: Any) -> None:
-    """Print `value` on stdout as JSON, with null for NaN and Inf."""
+    """Print `value` on stdout as JSON, with null for NaN and Inf. An object gets `"ok": true`, if it has no `ok`."""
+    if isinstance(value, dict) and "ok" not in value:
+        value = {"ok": True, **value}
     try:
         text = json.dumps(value, indent=2, allow_nan=False)
     except ValueError:
         text = json.dumps(_finite(value), indent=2, allow_nan=False)
-    say(text)
+    say(text, whole=True)
 
 
 def _finite(value: Any) -> Any:

@@ -117,7 +117,7 @@ def replay(
     with outcome_of([Path(out)]), progress.shown(quiet or as_json) as shown:
         result = run(output, out, models=models or None, progress=shown, **settings)
     if as_json:
-        options.say_json(result.as_dict())
+        options.say_json({"ok": result.same, **result.as_dict()})
     elif quiet:
         warn([result.report])
     else:

@@ -113,13 +113,13 @@ def _notes(comparison: Comparison) -> list[str]:
     for what, some in (("only in A", comparison.only_a), ("only in B", comparison.only_b)):
         if some:
             notes.append(f"{counted(len(some), 'tensor')} {what}: {_names(some)}")
-    kinds = {n: f"{n} ({a} in A, {b} in B)" for n, (a, b) in comparison.kinds.items()}
+    kinds = {n: f"{fit(n, WIDTH - 10)} ({a} in A, {b} in B)" for n, (a, b) in comparison.kinds.items()}
     dtypes = [kinds[n] for n in kinds if n not in comparison.shapes]
     if comparison.shapes:
         shapes = [kinds[n] for n in comparison.shapes]
-        notes.append(f"{counted(len(shapes), 'tensor')} of different shapes: {_names(shapes)}")
+        notes.append(f"{counted(len(shapes), 'tensor')} of different shapes: {listed(shapes, _LISTED)}")
     if dtypes:
-        notes.append(f"{counted(len(dtypes), 'tensor')} of different dtypes: {_names(dtypes)}")
+        notes.append(f"{counted(len(dtypes), 'tensor')} of different dtypes: {listed(dtypes, _LISTED)}")
     if comparison.quantised:
         many, formats = (
             counted(len(comparison.quantised), "tensor"),

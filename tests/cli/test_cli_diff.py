@@ -142,3 +142,31 @@ def test_names_are_cut_for_a_terminal_only(models, monkeypatch, terminal):
         monkeypatch.setattr(inspect, "sys", SimpleNamespace(stdout=SimpleNamespace(isatty=lambda: True)))
     for arguments in (["inspect", "x", "--all"], ["inspect", "x"], ["diff", "x", "y", "--all"], ["diff", "x", "y"]):
         assert (name in run(*arguments)) != terminal, arguments
+
+
+def test_models_of_which_nothing_can_be_compared_are_no_success(models):
+    """Names are not cut, and the exit code is that of models that do not fit."""
+    name = "model.layers.0.self_attn.a_projection_with_a_rather_long_name.weight"
+    save(models / "x", {name: bf16([1.0, 2.0]), "i": np.arange(3)})
+    save(models / "y", {name: np.ones(3, np.float32), "i": np.arange(3)})
+    done = CliRunner().invoke(commands, ["diff", "x", "y"], prog_name="fastinterp")
+    assert done.exit_code == 3
+    assert f"1 tensor of different shapes: {name} (BF16 [2] in A, F32 [3] in B)\n" in done.stdout
+    assert done.stderr == "ShapeError: nothing was compared: no tensor of x can be measured against one of y\n"
+    done = CliRunner().invoke(commands, ["diff", "x", "y", "--json"], prog_name="fastinterp")
+    assert done.exit_code == 3 and json.loads(done.stdout)["ok"] is False
+
+
+def test_columns_is_the_width_also_off_a_terminal(models):
+    """As it is of --help; of text alone, not of JSON."""
+    name = "model.layers.0.self_attn.a_projection_with_a_rather_long_name.weight"
+    save(models / "x", {name: np.ones((40, 40)), "a": np.ones((2, 2))})
+    save(models / "y", {name: np.eye(40), "b": np.ones((2, 2))})
+    for args in (["diff", "x", "y"], ["inspect", "x", "--all"]):
+        printed = [
+            CliRunner().invoke(commands, args, prog_name="fastinterp", env={"COLUMNS": said}).stdout
+            for said in ("", "80")
+        ]
+        assert [max(map(len, text.splitlines())) > 80 for text in printed] == [True, False], args
+    done = CliRunner().invoke(commands, ["diff", "x", "y", "--json"], prog_name="fastinterp", env={"COLUMNS": "30"})
+    assert name in json.loads(done.stdout)["tensors"]

@@ -167,7 +167,7 @@ def test_nothing_is_wider_than_a_terminal(folder):
 def test_an_explanation_has_the_plan_its_attributes_and_a_text(folder):
     explanation = fastinterp.explain(SLICES)
     assert str(explanation) == explained(SLICES).rstrip("\n")
-    assert json.loads(explained(SLICES, "--json")) == explanation.as_dict()
+    assert json.loads(explained(SLICES, "--json")) == {"ok": True, **explanation.as_dict()}
     assert explanation.bytes_read == explanation.plan.bytes_read and repr(explanation) == repr(explanation.plan)
     assert str(copy.copy(explanation)) == str(explanation)
     with pytest.raises(AttributeError, match="nothing"):

@@ -182,8 +182,8 @@ def check_model(checkpoint: str, tokenizer: str | None = None) -> Path:
         raise CheckpointError(
             f"there is no tokenizer in the folder{only}: tokenizer.json is missing, or tokenizer.model, or vocab.json "
             "with merges.txt. Copy tokenizer.json and tokenizer_config.json from the model that this one was made "
-            "from, or name the folder that has them: --tokenizer DIR. Without a tokenizer, as of the models that `fastinterp "
-            "bench` makes, there is no text to explore",
+            "from, or name the folder that has them: --tokenizer DIR. Without a tokenizer, as of the models that "
+            "`fastinterp bench` makes, there is no text to explore",
             file=str(place),
         )
     return root
