@@ -128,7 +128,10 @@ def merge_documents(
 def _streaming_device(device: str, stream: bool) -> str:
     """The device of a merge. Raises: UsageError, if it reads what is elsewhere, and is not the CPU."""
     if stream and device not in ("auto", "cpu"):
-        raise UsageError(f"--stream reads models into the CPU's memory, and cannot go with --device {device}")
+        raise UsageError(
+            f"--stream reads models into the CPU's memory, and cannot go with --device {device} (in Python "
+            f"stream=True, device={device!r}). Leave one of the two out"
+        )
     return "cpu" if stream else device
 
 
@@ -144,9 +147,10 @@ def _folder_name(document: str | None) -> str:
 def interpolate(
     a: Checkpoint,
     b: Checkpoint,
-    alphas: float | Sequence[float],
-    out: str | os.PathLike[str],
+    alphas: float | Sequence[float] | None = None,
+    out: str | os.PathLike[str] | None = None,
     *,
+    alpha: float | Sequence[float] | None = None,
     base: Checkpoint | None = None,
     integers: Checkpoint | None = None,
     tokenizer_source: str | os.PathLike[str] | None = None,
@@ -172,6 +176,8 @@ def interpolate(
     alphas    finite numbers, at most 4096. One: `out` is the output. Several: `out/alpha_0.3` and so on (of the file
               `x.safetensors`: `x_alpha_0.3.safetensors`), 256 from each read of the inputs. Numbers within rounding of
               0 and 1 become those
+    out       is needed
+    alpha     the same as `alphas`, in place of it: interpolate(a, b, alpha=0.3, out="mixed")
     base      the task-vector form: out = base + (1 - alpha) * (a - base) + alpha * (b - base)
     integers  the checkpoint whose integer tensors are copied; None: they must be equal
     tokenizer_source  "union", "base" (`base`, else `a`) or a checkpoint: the vocabulary of the outputs
@@ -181,7 +187,9 @@ def interpolate(
     """
     from fastinterp.execute.to_files import write_outputs  # explain does without
 
-    points = numbers(alphas)
+    if (alphas is None) == (alpha is None):
+        raise UsageError('one of `alphas` and `alpha` is needed: interpolate(a, b, alpha=0.3, out="mixed")')
+    points = numbers(alpha if alphas is None else alphas)
     if not points:
         raise UsageError("at least one alpha is needed")
     if len(points) > MAX_POINTS:

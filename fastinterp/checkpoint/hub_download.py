@@ -88,7 +88,8 @@ class HubFiles:
         if total > free:
             raise StorageError(
                 f"{snapshot.id}: {what}, do not fit into the Hub's cache, {cache}, where {size(free)} are free. Free "
-                "some, set HF_HOME to a folder on another disk, or merge with --stream, which stores no inputs"
+                "some, set HF_HOME to a folder on another disk, or merge with --stream (in Python stream=True), which "
+                "stores no inputs"
             )
         tell(f"{snapshot.id}: downloading {what}, to {cache} ({size(free)} free)")
         with remote.progress() as shown:

@@ -301,6 +301,9 @@ def _percent(total: RoundingEffect) -> str:
     return f"{total.sampled / total.numel:.0%}"
 
 
+_FINER = "--rounding stochastic (in Python rounding='stochastic'), or --dtype float32 (in Python dtype='float32')"
+
+
 def warnings_of(
     tensors: Mapping[str, RoundingEffect], dtype: str, stochastic: bool = False, numbers: str = ""
 ) -> tuple[str, ...]:
@@ -316,7 +319,7 @@ def warnings_of(
         warnings.append(
             f"{kept(strength, total.sampled < total.numel).replace('rounding', f'rounding to {dtype}', 1)}: the models "
             "differ by little more than the spacing of that dtype. Use "
-            + (f"{numbers}, which writes numbers" if numbers else "--rounding stochastic, or --dtype float32")
+            + (f"{numbers}, which writes numbers" if numbers else _FINER)
         )
     if total.nan_in or total.inf_in:
         names = [n for n, e in tensors.items() if e.nan_in or e.inf_in]
@@ -367,7 +370,8 @@ def report_on(
     names = {*record.copied, *record.effects}
     quantised, about, noise = _quantised(plan)
     dtypes = sorted({t.stored_as for t in plan.tensors if t.merged and t.name in names})
-    numbers = "--dtype float16" if is_gguf(plan.origin) else "--quantize none"
+    gguf = is_gguf(plan.origin)
+    numbers = "--dtype float16 (in Python dtype='float16')" if gguf else "--quantize none (in Python quantize='none')"
     return Report(
         output="memory" if folder is None else folder.name,
         files=() if folder is None else (folder.file,) if folder.file else tuple(f.name for f in plan.layouts[k].files),

@@ -142,7 +142,7 @@ class PumpExecutor:
         if held > self.most:  # checked before any of it is allocated
             raise UsageError(
                 f"{steps[0].name} needs {held} bytes for statistics or weights, some of them for each row, but "
-                f"--max-memory allows {self.most}. Allow more"
+                f"--max-memory allows {self.most}. Allow more (in Python max_memory=...)"
             )
         pump = Pump(self._sources, self._sinks, native, self._options)
         fitting = (self.most - held) // max(1, pump.scratch_bytes)
@@ -150,7 +150,7 @@ class PumpExecutor:
             if fitting < 1:
                 raise UsageError(
                     f"one thread needs {held + pump.scratch_bytes} bytes for {steps[0].name}, but --max-memory allows "
-                    f"{self.most}. Allow more"
+                    f"{self.most}. Allow more (in Python max_memory=...)"
                 )
             threads = fitting
             pump = Pump(self._sources, self._sinks, native, replace(self._options, threads=threads))

@@ -92,8 +92,8 @@ def make_window(plan: Plan, threads: int, max_memory: int) -> Window:
         if write <= 4096 and read <= 4096:
             sizes = f"{counted(threads, 'thread')} with {counted(inputs, 'input')} and {counted(outputs, 'output')}"
             raise UsageError(
-                f"{sizes} need at least {window.plain_bytes} bytes, but --max-memory allows {max_memory}. Allow more, "
-                "or use fewer threads"
+                f"{sizes} need at least {window.plain_bytes} bytes, but --max-memory allows {max_memory}. Allow more "
+                "(in Python max_memory=...), or use fewer threads"
             )
         write, read = _pages(write // 2), _pages(read // 2)
 
@@ -203,7 +203,10 @@ def opened(
             refuse_torn(model.checkpoint)
     if plan.streamed and devices:
         what = f"{plan.streamed[0]} is read from where it is, into the CPU's memory"
-        raise UsageError(f"{what}, and that cannot go with an accelerator. Use --device cpu, or download it first")
+        raise UsageError(
+            f"{what}, and that cannot go with an accelerator. Use --device cpu (in Python device='cpu'), or download "
+            "it first"
+        )
     stream_bytes = _stream_bytes(plan, max_memory)
     window = window_beside(plan, devices, threads, max_memory)
     with ExitStack() as stack:

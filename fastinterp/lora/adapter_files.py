@@ -128,7 +128,7 @@ def _stored(flat: Array, dtype: DType) -> Array:
     if dtype.in_numpy and not np.isfinite(stored).all() and np.isfinite(flat).all():
         raise CheckpointError(
             f"factors have numbers beyond the range of {dtype}, up to {np.abs(flat).max():g}. Store them as float32: "
-            "`--dtype float32`"
+            "`--dtype float32` (in Python dtype='float32')"
         )
     return stored
 

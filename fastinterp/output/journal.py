@@ -291,7 +291,8 @@ def _refuse_living(begun: Begin, path: Path) -> None:
     if begun.run:
         raise Busy(
             f"a run on another machine, or before this one was started anew, was writing here: {quote(path.name)}. The "
-            "file system has no locks, which would tell whether it is alive. If it is not: --force"
+            "file system has no locks, which would tell whether it is alive. If it is not: --force "
+            "(in Python force=True)"
         )
 
 

@@ -219,7 +219,8 @@ class Destination:
 
         if not self._force and self._asked(lambda: self._is_there(to)):
             raise OutputError(
-                f"{self.url}: {name or base} is there already. Add --force to replace it, or give another name"
+                f"{self.url}: {name or base} is there already. Add --force (in Python force=True) to "
+                "replace it, or give another name"
             )
         self._asked(ask, f"uploading {path.name} failed: ")
 

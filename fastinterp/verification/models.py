@@ -138,10 +138,10 @@ def _missing(missing: Sequence[str], made: MadeOutput) -> str:
         names = listed(missing, 8)
         return (
             f"its receipt names no models, because it was made with --private. Say where they are, in the order of the "
-            f"recipe ({names}): {places}"
+            f"recipe ({names}): {places} (in Python models=...)"
         )
     what = f"the model {quote(missing[0])} is" if len(missing) == 1 else f"the models {listed(missing, 8)} are"
     return (
         f"{what} neither here nor near the output. Say where: {places}, or --models FOLDER for a folder that has "
-        f"{'it' if len(missing) == 1 else 'them'}"
+        f"{'it' if len(missing) == 1 else 'them'} (in Python models=...)"
     )

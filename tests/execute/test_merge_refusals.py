@@ -18,6 +18,7 @@ import pytest
 
 import fastinterp
 from fastinterp.backends import cpu as pump_module
+from fastinterp.errors import UsageError
 from fastinterp.execute import rounds, sinks
 from fastinterp.execute.sources import Sources
 from fastinterp.ops.dtypes import BF16, F32, F64
@@ -359,6 +360,30 @@ def test_arguments_that_make_no_sense(tmp_path, pair, options, message):
         with pytest.raises(fastinterp.UsageError) as caught:
             fastinterp.interpolate(pair[0], pair[1], options.pop("alphas", 0.5), tmp_path / "out", **options)
         assert message in str(caught.value)
+
+
+def test_one_alpha_by_its_own_name(tmp_path, pair):
+    """`alpha` or `alphas`, as the command takes both; not both, nor none."""
+    a, b = pair
+    fastinterp.interpolate(a, b, [0.3], tmp_path / "x")
+    fastinterp.interpolate(a, b, alpha=0.3, out=tmp_path / "y")
+    fastinterp.interpolate(a, b, alphas=0.3, out=tmp_path / "z")
+    x, y, z = ((tmp_path / name / "model.safetensors").read_bytes() for name in "xyz")
+    assert x == y == z
+    wrong: tuple[dict[str, Any], ...] = ({"out": "o"}, {"alpha": 0.3, "alphas": 0.3, "out": "o"})
+    for more in wrong:
+        with pytest.raises(UsageError, match="one of `alphas` and `alpha` is needed: interpolate"):
+            fastinterp.interpolate(a, b, **more)
+    with pytest.raises(UsageError, match="`out` must be a path, got None"):
+        fastinterp.interpolate(a, b, alpha=0.3)
+
+
+def test_remedies_name_the_argument_too(tmp_path, pair):
+    a, b = pair
+    with pytest.raises(UsageError, match=r"Allow more \(in Python max_memory=\.\.\.\)"):
+        fastinterp.interpolate(a, b, 0.3, tmp_path / "x", max_memory=1000)
+    with pytest.raises(UsageError, match=r"\(in Python stream=True, device='cuda'\)\. Leave one of the two out"):
+        fastinterp.interpolate(a, b, 0.3, tmp_path / "x", stream=True, device="cuda")
 
 
 def test_paths_that_are_none(tmp_path, pair):

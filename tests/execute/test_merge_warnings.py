@@ -81,7 +81,8 @@ def test_bf16_makes_alpha_a_staircase(tmp_path, near):
     assert found is not None and abs(found - real) < 6 * deviation
     assert report.warnings == (
         f"rounding to BF16 kept {100 * found:.3g} % of the change (sampled): the models differ by little more than the "
-        "spacing of that dtype. Use --rounding stochastic, or --dtype float32",
+        "spacing of that dtype. Use --rounding stochastic (in Python rounding='stochastic'), or --dtype float32 (in "
+        "Python dtype='float32')",
     )
 
 

@@ -209,8 +209,8 @@ class Work:
             if not self._workers and self._left and self.error is None:
                 if not self._or_cpu:
                     self.error = BackendError(
-                        f"no device is left to merge on: {'; '.join(self.lost)}. Use --device cpu, or a device with "
-                        "nothing else on it"
+                        f"no device is left to merge on: {'; '.join(self.lost)}. Use --device cpu (in Python "
+                        "device='cpu'), or a device with nothing else on it"
                     )
                 self._stopped = True
             self._changed.notify_all()

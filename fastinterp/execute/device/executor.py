@@ -46,7 +46,8 @@ def device_window(max_memory: int, devices: int, threads: int) -> int:
     if window < devices * 2 * LEAST_SLOT:
         raise UsageError(
             f"--max-memory allows {max_memory} bytes, but merging on accelerators takes at least "
-            f"{4 * devices * LEAST_SLOT}. Allow more, or use --device cpu"
+            f"{4 * devices * LEAST_SLOT}. Allow more (in Python max_memory=...), or use "
+            "--device cpu (in Python device='cpu')"
         )
     return window
 
