@@ -132,7 +132,7 @@ demo: $(DEMO_VENV)/.installed ## build, install without torch, merge small model
 	@echo '  $$ fastinterp interpolate chat code out/path --alpha 0:1:0.25'
 
 # Not --quiet, which would hide warnings from --strict. The theme prints an advertisement unless it is told not to.
-docs: $(VENV)/.built ## the documentation as a site, into build/site: python3 -m http.server -d build/site shows it; warnings and dead links are errors
+docs: $(VENV)/.built ## the documentation as a site, into build/site; python3 -m http.server -d build/site shows it
 	@$(PY) -c "import material" 2> /dev/null || { echo "fastinterp: the tools for the site need Python 3.11.5 or newer" >&2; exit 1; }
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
@@ -186,7 +186,7 @@ cuda-check: $(VENV)/.built ## compile the CUDA kernels for every architecture, a
 # The machine that has the GPU may have no network, and another Python.
 WHEELS_PYTHON ?= 3.12
 WHEELS := msgspec safetensors hypothesis sortedcontainers ml_dtypes setuptools
-wheelhouse: $(VENV)/.installed ## wheels for benchmarks/gpu.sh on a machine without a network, into build/wheelhouse; WHEELS_PYTHON=3.12
+wheelhouse: $(VENV)/.installed ## wheels for benchmarks/gpu.sh on a machine without a network, into build/wheelhouse; for WHEELS_PYTHON=3.12
 	@rm -rf build/wheelhouse
 	@$(PY) -m pip download --quiet --no-deps --only-binary=:all: --python-version $(WHEELS_PYTHON) --platform manylinux2014_x86_64 \
 	  --platform manylinux_2_28_x86_64 --platform any --dest build/wheelhouse --constraint constraints.txt $(WHEELS)
@@ -218,14 +218,14 @@ torture: $(VENV)/.built ## kill commands 200 times at random moments, and compar
 faults: $(VENV)/.built ## make the first 50 of each system call fail, one by one: ten minutes or more
 	@$(PY) -m tests.support.fault_survey
 
-# A million inputs together. FUZZ_RUNS=1000 is a quick one.
+# A million inputs together.
 FUZZ_RUNS ?= 80000
 FUZZ_TARGETS := header file index config adapter receipt receipt-file journal bin pickle gguf recipe tokenizer tokenizer-config report
 $(VENV)/.fuzz: $(VENV)/.built
 	$(PY) -m pip install --quiet atheris
 	@touch $@
 
-fuzz: $(VENV)/.fuzz ## damaged files of every kind that is read, guided by coverage: half an hour
+fuzz: $(VENV)/.fuzz ## damaged files of every kind that is read, guided by coverage: an hour or two; FUZZ_RUNS=1000 is quick
 	@rm -rf build/fuzz/*/crashes
 	@for target in $(FUZZ_TARGETS); do echo "$$target"; $(PY) -m tests.attacks.fuzz $$target -runs=$(FUZZ_RUNS) > build/fuzz-$$target.log 2>&1 || \
 	  { tail -n 30 build/fuzz-$$target.log; exit 1; }; grep -h executed_units build/fuzz-$$target.log; done

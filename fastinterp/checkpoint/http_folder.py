@@ -110,7 +110,7 @@ class HttpStore:
             return dict(zip(names, pool.map(lambda name: self.find(start + name), names), strict=True))
 
     def find(self, name: str) -> There | None:
-        """What the server says of a file; None, if there is none, or it is not let out."""
+        """What the server says of a file; None, if there is none, or it refuses it."""
         try:
             file = self._file(name)
         except NotThere:

@@ -39,7 +39,7 @@ class _Again(Exception):
 
 
 class NotThere(StorageError):
-    """The server has no such file, or does not let it out."""
+    """The server has no such file, or refuses it."""
 
 
 class HttpFile:
@@ -80,8 +80,8 @@ class HttpFile:
     def whole(
         cls, url: str, name: str, headers: Mapping[str, str], most: int, wanted: str = ""
     ) -> tuple[str, bytes] | None:  # fmt: skip
-        """The address, behind all redirects, and the content of a small file; None, if there is none, or it is not let
-        out.
+        """The address, behind all redirects, and the content of a small file; None, if there is none, or the server
+        refuses it.
 
         most    bytes, more is an error
         wanted  its type, as `text/html`; None comes back of any other

@@ -79,7 +79,6 @@ class Store(Protocol):
 def file_system(url: str, given: str) -> tuple[Any, str]:
     """The file system of fsspec for an address, and the path in it. given: the address with login and parameters
 
-
     Raises: CheckpointError, if fsspec or the package of the protocol is missing, or it knows no such protocol.
     """
     scheme = scheme_of(url)

@@ -116,7 +116,7 @@ def uploaded(upload: Upload | None) -> str:
 
 offline = click.option(
     "--offline", is_flag=True, expose_value=False, callback=_go_offline,
-    help="Fetch nothing: models named by Hub ids are those in the Hub's cache.",
+    help="Fetch nothing: models named by Hub ids are those in the Hub's cache, and addresses are not read.",
 )  # fmt: skip
 
 

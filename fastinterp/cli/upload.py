@@ -41,7 +41,9 @@ def upload(output: str, address: str, force: bool, quiet: bool, as_json: bool) -
         raise UsageError(f"upload needs an address, as s3://bucket/merged, got {address!r}")
     if scheme_of(address) == "hf":
         name = address.partition("://")[2]
-        raise UsageError(f"to the Hub goes `hf upload {shell_word(name)} {shell_word(output)} . --private`")
+        raise UsageError(
+            f"{address} is on the Hub. Use `hf upload {shell_word(name)} {shell_word(output)} . --private`"
+        )
     if is_url(output):
         raise UsageError(f"{output} is an address. Name a folder or a file that is here")
     open_checkpoint(output)  # it is one, and complete

@@ -45,6 +45,7 @@ _models = click.option(
 @_models
 @options.threads
 @options.max_memory
+@options.offline
 @options.quiet
 @options.as_json
 @click.pass_context
@@ -89,6 +90,7 @@ def verify(
 @options.max_memory
 @options.force
 @options.durable
+@options.offline
 @options.quiet
 @options.as_json
 @click.pass_context

@@ -71,7 +71,7 @@ class Streams:
                 self._cache.filled(number, offset)
 
     def _stop(self) -> None:
-        """Threads that are in a request end with it, behind our back: they hold what they fill."""
+        """Have the threads end, without waiting. One that is in a request ends after it, and holds what it fills."""
         self._cache.stop()
         for thread in self._threads:
             thread.join(_TICK_S / len(self._threads))

@@ -35,7 +35,9 @@ class Upload:
         if parsed is None or parsed[1] is not None or "/" not in repo:
             raise UsageError(f"--push-to needs the id of a model, as ORG/NAME, got {quote(repo)}")
         if is_url(out):
-            raise UsageError(f"--push-to uploads a folder that stays here, and the output is {out}. Leave one of them")
+            raise UsageError(
+                f"--push-to uploads a folder that stays here, and the output is {out}. Leave one of the two out"
+            )
         if names_file(out):
             raise UsageError("--push-to uploads a folder, with configuration and card, and the output is one file")
         if why := hub.offline():

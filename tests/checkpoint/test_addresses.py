@@ -13,10 +13,12 @@ from typing import ClassVar
 import fsspec
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from fsspec.implementations.memory import MemoryFileSystem
 
 import fastinterp
 from fastinterp.checkpoint.open import open_checkpoint
+from fastinterp.cli import commands
 from fastinterp.errors import CheckpointError, RecipeError, StorageError, UsageError
 from fastinterp.ops.dtypes import F32
 from tests.support.checkpoints import tensor, words, write
@@ -369,6 +371,18 @@ def test_offline(memory, server):
         with pytest.raises(CheckpointError, match=r"nothing is read from there: --offline was given"):
             open_checkpoint(f"{server.url}/a")
     assert server.asked == []
+
+
+@pytest.mark.parametrize("command", [["verify", "out"], ["replay", "out", "again"]], ids=lambda words: words[0])
+def test_receipts_ask_nobody_offline(server, here, command):
+    """A receipt comes with an output, from whoever made that, and names addresses."""
+    fastinterp.merge(ties(f"{server.url}/a", "b"), "out")
+    server.asked.clear()
+    done = CliRunner().invoke(commands, [*command, "--offline"])
+    assert done.exit_code == 3 and "nothing is read from there: --offline was given" in done.output + done.stderr
+    assert server.asked == [] and not (here / "again").exists()
+    server.asked.clear()
+    assert CliRunner().invoke(commands, command).exit_code == 0 and server.asked
 
 
 # --- logins ----------------------------------------------------------------------------------------------------------

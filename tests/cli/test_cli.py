@@ -65,7 +65,11 @@ def test_list_of_commands_cuts_no_sentence():
     [
         (["merge", "recipe.yml", "out", "--forse"], 2, "--force"),
         (["marge"], 2, "no such command 'marge'. Did you mean merge?"),
-        (["zzz"], 2, "Known: merge, interpolate, average, sweep, extract-lora, verify, replay, check, explain"),
+        (
+            ["zzz"],
+            2,
+            "Known: merge, interpolate, average, sweep, extract-lora, upload, verify, replay, check, explain",
+        ),
         (["merge", "recipe.yml"], 2, "Write it last, `fastinterp merge RECIPE OUT`, or as -o OUT"),
         (["merge", "none.yml", "out"], 2, "RecipeError: there is no such recipe file - at none.yml"),
         (["merge", "typo.yml", "out"], 2, "did you mean `weight`? - at $.models[0].parameters (typo.yml:4)"),
