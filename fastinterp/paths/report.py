@@ -175,8 +175,12 @@ class PathReport:
             return ()
         worst = max(off, key=lambda p: abs((p.strength or 0) - 1))
         effective = self.effective_alpha(worst)
-        share = f"{100 * (worst.strength or 0):.3g} % of its change"
-        left = f"keeps {share}" if effective is None else f"acts as {effective:.2g}"
+        strength = worst.strength or 0
+        more = strength > 1
+        what = (
+            f"makes its change {strength:.3g} times as large" if more else f"keeps {100 * strength:.3g} % of its change"
+        )
+        left = what if effective is None else f"acts as {effective:.2g}"
         return (
             f"rounding makes a staircase of the path: at {len(off)} of {len(self.points)} points it keeps 5 % less or "
             f"more of the change, most at {_position(worst)}, which {left}. Use dtype='float32', or "

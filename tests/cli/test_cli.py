@@ -102,7 +102,7 @@ def test_list_of_commands_cuts_no_sentence():
         (["interpolate", "a", "./a/", "-o", "out", "--alpha", "0.5"], 2, "A and B are the same checkpoint: 'a'"),
         (["average", "a", "b", "o ut"], 2, "Write it as -o OUT: fastinterp average a b -o 'o ut'"),
         (["average", "a", "."], 2, "the output is not named. Write it as -o OUT: fastinterp average a . -o OUT"),
-        (["merge", "--bogus"], 2, "No such option '--bogus'.\n"),
+        (["merge", "--bogus"], 2, "No such option '--bogus'."),
         (["merge", "--threds"], 2, "No such option '--threds'. Did you mean '--threads'?"),
         (["--vers"], 2, "No such option '--vers'. Did you mean '--version'?"),
         (["merge", "recipe.yml", "out", "--cuda"], 2, "No such option: --cuda. Use --device cuda."),
@@ -429,3 +429,9 @@ def test_table_cuts_the_first_column_only():
     lines = table([["x" * 200, "12"], ["y", "3"]], "<>")
     assert [len(line) for line in lines] == [80, 80] and lines[0].endswith("xx  12")
     assert fit("abcdefghijklmn", 12) == "abc...ijklmn"
+
+
+def test_an_option_that_is_close_to_none_has_no_suggestion():
+    """All options are alike in their dashes."""
+    done = CliRunner().invoke(commands, ["merge", "--bogus"], prog_name="fastinterp")
+    assert done.exit_code == 2 and "mean" not in done.stderr
