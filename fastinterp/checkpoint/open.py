@@ -115,7 +115,7 @@ def open_checkpoint(name: str) -> Checkpoint:
     """Open the checkpoint `name`: a folder, a file of weights, an index file, a Hub id (`org/name@revision`), or the
     address of one of these, `s3://bucket/model`.
 
-    Another name is looked for on the disk first, and on the Hub only if nothing there has it.
+    Another name is looked for on the disk first, and on the Hub only if nothing there has it, and it has a `/`.
     Raises: CheckpointError, naming file and tensor, if it is missing, damaged, ambiguous or empty.
     """
     name = public(name)
@@ -128,7 +128,7 @@ def open_checkpoint(name: str) -> Checkpoint:
         return read_steady(name, path.parent, lambda: _open_file(name, path), lambda found: not changed_since(found))
     from fastinterp.checkpoint import hub
 
-    parsed = hub.parse(name)
+    parsed = hub.parse(name) if "/" in name else None
     if parsed is None:
         if name.strip() and names_file(name) and (unfinished := about_unfinished(path.parent, path.name)):
             raise CheckpointError(f"there is no such file yet: {unfinished}", file=name)
@@ -139,9 +139,10 @@ def open_checkpoint(name: str) -> Checkpoint:
     except UnreadableError:
         raise
     except CheckpointError as error:
-        raise CheckpointError(
-            f"there is no such folder here.{_similar(path)} As a Hub id: {error.message}", file=name
-        ) from error
+        similar = _similar(path)
+        if isinstance(error, (hub.OfflineError, hub.UnknownError)) and (similar or is_folder(path.parent)):
+            raise CheckpointError(f"there is no such folder or file.{similar}", file=name) from error
+        raise CheckpointError(f"there is no such folder here. As a Hub id: {error.message}", file=name) from error
     return _open_snapshot(name, snapshot)
 
 

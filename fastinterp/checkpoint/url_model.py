@@ -134,7 +134,7 @@ def find(url: str) -> Site:
     """
     run = hub.this_run()
     if run.wished and scheme_of(url) not in _HERE:
-        raise hub.NotAsked(f"nothing is read from there: {run.wished}. Download it, and name the folder", file=url)
+        raise hub.OfflineError(f"nothing is read from there: {run.wished}. Download it, and name the folder", file=url)
     if run.outputs and scheme_of(url) not in ("http", "https"):
         place = place_of(*file_system(url, full(url)))
         for out, there in run.outputs.items():

@@ -370,6 +370,8 @@ def test_offline(memory, server):
         assert open_checkpoint("memory://m/a").tensors
         with pytest.raises(CheckpointError, match=r"nothing is read from there: --offline was given"):
             open_checkpoint(f"{server.url}/a")
+    done = CliRunner().invoke(commands, ["inspect", f"{server.url}/a", "--offline", "--json"])
+    assert '"kind": "OfflineError"' in done.output and done.exit_code == 3
     assert server.asked == []
 
 
