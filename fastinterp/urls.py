@@ -39,6 +39,26 @@ def scheme_of(url: str) -> str:
     return match[1].lower() if match else ""
 
 
+def path_of_file(url: str) -> str | None:
+    """The path that `file:///path` means, or `local:///path`; None of other addresses. Raises: UsageError, if the path
+    is none from the root on.
+    """
+    if scheme_of(url) not in ("file", "local") or is_chained(url):
+        return None
+    from urllib.parse import unquote
+
+    path = unquote(url.partition("://")[2].removeprefix("localhost/" if "://localhost/" in url else ""))
+    path = f"/{path}" if "://localhost/" in url else path
+    if not path.strip("/"):
+        raise UsageError(f"{url} names no folder or file: expected file:///PATH")
+    if not path.startswith("/"):
+        raise UsageError(
+            f"{url}: what stands behind `file://` is a host, and paths have three slashes. Write "
+            f"`{shlex.quote(path)}`, or `file:///PATH` from the root on"
+        )
+    return path
+
+
 def is_chained(url: str) -> bool:
     """Whether it is one address in another, as fsspec has them: `zip://file::https://host/archive.zip`."""
     return _CHAIN.search(url) is not None

@@ -16,7 +16,8 @@ from fastinterp.cli import commands
 from fastinterp.errors import ShapeError, UsageError
 from fastinterp.methods._weights import shares
 from fastinterp.ops.combine import Combine
-from fastinterp.paths.average import average_of, by_step, weights_of
+from fastinterp.paths.average import average_of, weights_of
+from fastinterp.paths.steps import by_step
 from tests.support import tokens
 from tests.support.checkpoints import assert_same, expected, family, integers, read, write
 from tests.support.models import save
