@@ -42,10 +42,10 @@ from fastinterp.checkpoint.no_weights import no_weights
 from fastinterp.checkpoint.regular_file import Stamp, stamp_of
 from fastinterp.checkpoint.sidecar_files import CONFIG, json_or_empty
 from fastinterp.checkpoint.unfinished import about_unfinished, read_steady
-from fastinterp.errors import CheckpointError, UnreadableError
+from fastinterp.errors import CheckpointError, UnreadableError, UsageError
 from fastinterp.messages import closest, listed
 from fastinterp.presence import exists, is_file, is_folder
-from fastinterp.urls import is_url, mistyped, public, scheme_of
+from fastinterp.urls import is_url, mistyped, path_of_file, public
 
 if TYPE_CHECKING:
     from fastinterp.checkpoint.gguf_keys import GgufHeader
@@ -175,10 +175,12 @@ def _open_address(name: str) -> Checkpoint:
     """The model at an address, `s3://bucket/model`."""
     from fastinterp.checkpoint import hub, url_model
 
-    if scheme_of(name) in ("file", "local"):
-        from urllib.parse import unquote
-
-        return open_checkpoint(unquote(name.partition("://")[2]) or "/")
+    try:
+        path = path_of_file(name)
+    except UsageError as error:
+        raise CheckpointError(str(error).removeprefix(f"{name}: "), file=name) from None
+    if path is not None:
+        return open_checkpoint(path)
     if (on_hub := url_model.on_hub(name)) is not None:
         repo, revision, below = on_hub
         try:

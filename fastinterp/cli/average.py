@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from fastinterp.cli import faults, options
+from fastinterp.cli import faults, grammar, options
 from fastinterp.cli.faults import told_together
 from fastinterp.cli.merge import outcome_of, warn
 from fastinterp.paths.average import WEIGHT_NAMES
@@ -59,6 +59,7 @@ def average(
     from fastinterp.paths.average import average_of
 
     options.refuse_ranks("average")
+    out = grammar.output_of(out)
     chosen = {name: settings.pop(name) for name in ("weights", "decay", "last", "in_order", "tokenizer_source")}
     found = average_of(checkpoints, **chosen)
     models = faults.of_models(found.checkpoints)
