@@ -108,7 +108,7 @@ $(VENV)/.built: $(VENV)/.installed setup.py CMakeLists.txt $(NATIVE)
 $(ORACLE_VENV)/.installed: pyproject.toml constraints.txt
 	$(call make_venv,$(ORACLE_VENV))
 	@echo "installing mergekit, sd-mecha and Ray in $(ORACLE_VENV): a minute the first time"
-	$(ORACLE_VENV)/bin/python -m pip install --quiet mergekit==0.1.5 sd-mecha==1.1.8 ray click msgspec pytest
+	$(ORACLE_VENV)/bin/python -m pip install --quiet mergekit==0.1.5 sd-mecha==1.1.8 ray click msgspec pytest pytest-xdist
 	@touch $@
 
 # mergekit's source distribution has its tests, but for tests/common.py: tests/peer/common.py stands in for that.
@@ -146,7 +146,7 @@ about-test:
 	@echo "the tests take 10 to 20 minutes on two processors$(NVCC_TESTS); make check runs the quick ones"
 
 oracle: $(VENV)/.built $(ORACLE_VENV)/.installed ## every method of mergekit, and recipes of sd-mecha, compared with them
-	@FASTINTERP_REQUIRE=mergekit,sd_mecha PYTHONPATH="$(CURDIR)" $(ORACLE_VENV)/bin/python -m pytest tests/methods/test_oracle_deltas.py \
+	@FASTINTERP_REQUIRE=mergekit,sd_mecha PYTHONPATH="$(CURDIR)" $(ORACLE_VENV)/bin/python -m pytest $(SHARED) tests/methods/test_oracle_deltas.py \
 	  tests/methods/test_oracle_gram.py tests/integrations/test_mergekit.py tests/integrations/test_sd_mecha.py
 
 peer-suite: $(VENV)/.built $(ORACLE_VENV)/.installed build/peer/pytest.ini ## mergekit's own tests, with this engine installed in it

@@ -31,7 +31,7 @@ class CMakeBuild(build_ext):
 
     They come of one build. fastinterp._cuda is made where there is a CUDA compiler; the environment's FASTINTERP_CUDA
     says otherwise by 0, and by 1 that it is an error if there is none. FASTINTERP_CUDA_ARCHITECTURES=80,90 builds it
-    for these compute capabilities alone.
+    for these compute capabilities alone; FASTINTERP_WERROR=1 takes warnings as errors.
     """
 
     def build_extension(self, ext: Extension) -> None:
@@ -46,6 +46,7 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
             f"-DFASTINTERP_CUDA={os.environ.get('FASTINTERP_CUDA', 'auto')}",
+            f"-DFASTINTERP_WERROR={os.environ.get('FASTINTERP_WERROR', '0')}",
             f"-DFASTINTERP_CUDA_ARCHITECTURES={os.environ.get('FASTINTERP_CUDA_ARCHITECTURES', '')}",
         ]
         # Compiler, flags and paths are looked up anew each time: they change, and those of an isolated build are gone

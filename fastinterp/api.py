@@ -21,6 +21,7 @@ from fastinterp.plan.plan import documents, make_plan, plan_documents
 from fastinterp.progress import Progress, callback_of
 from fastinterp.recipe.document import Source
 from fastinterp.recipe.load import Recipe, load_recipes
+from fastinterp.urls import is_url, path_of_file
 
 if TYPE_CHECKING:
     from fastinterp.execute.report import Report
@@ -118,6 +119,9 @@ def merge_documents(
         else:
             plans = plan_documents(recipes, size, one_file)
             folder = path_of(keep_intermediates, "keep_intermediates")
+            folder = path_of_file(folder) or folder
+            if is_url(folder):
+                raise UsageError(f"`keep_intermediates` must be a folder here, got {folder}")
             outs[:0] = [[os.path.join(folder, _folder_name(one.name))] for one in recipes[:-1]]
         return write_outputs(
             plans, outs, device=device, threads=threads, max_memory=size_of(max_memory), force=force,

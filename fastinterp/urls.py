@@ -39,6 +39,33 @@ def scheme_of(url: str) -> str:
     return match[1].lower() if match else ""
 
 
+def path_of_file(url: str) -> str | None:
+    """The path that `file:///path` means, also `local://` and `file://localhost/path`; None of other addresses.
+
+    Raises: UsageError, if it does not start at the root.
+    """
+    if scheme_of(url) not in ("file", "local"):
+        return None
+    import os
+    import shlex
+    from urllib.parse import quote, unquote
+
+    given = unquote(url.partition("://")[2])
+    path = given.removeprefix("localhost") if given.startswith("localhost/") else given
+    if not path.strip("/"):
+        raise UsageError(f"{url}: it names no folder or file: expected file:///PATH")
+    if path.startswith("/"):
+        return path
+    here = os.path.expanduser(path)
+    rooted = f"/{path}"
+    meant = rooted if os.path.exists(rooted) and not os.path.exists(here) else os.path.abspath(here)
+    plain = rooted if meant == rooted else path
+    raise UsageError(
+        f"{url}: behind two slashes is a host, and a path behind three. Write `{shlex.quote(plain)}`, or "
+        f"`{shlex.quote(f'file://{quote(meant)}')}`"
+    )
+
+
 def is_chained(url: str) -> bool:
     """Whether it is one address in another, as fsspec has them: `zip://file::https://host/archive.zip`."""
     return _CHAIN.search(url) is not None

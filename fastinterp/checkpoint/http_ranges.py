@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote, urljoin, urlsplit
 
 from fastinterp._version import __version__
+from fastinterp.checkpoint.retries import tell_retry
 from fastinterp.errors import CheckpointError, StorageError
 
 T = TypeVar("T")
@@ -117,8 +118,9 @@ class HttpFile:
                 message = str(error) if isinstance(error, _Again) else describe(error)
                 wait = error.wait if isinstance(error, _Again) else None
                 if tries < _TRIES:
+                    tell_retry(self.name, self._url, message, _TRIES - tries)
                     time.sleep(min(_LONGEST_WAIT_S, wait if wait is not None else 0.2 * 2**tries))
-        raise StorageError(f"{self.name}: it cannot be reached: {message}")
+        raise StorageError(f"{self.name}: it cannot be reached: {message}, {_TRIES} times in a row. Try again later")
 
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill `view` with the bytes from `offset` on.
@@ -136,6 +138,7 @@ class HttpFile:
                 tries = 0 if done > before else tries + 1
                 if tries >= _TRIES:
                     raise StorageError(f"{self.name}: {error}, {_TRIES} times in a row. Try again later") from None
+                tell_retry(self.name, self._url, str(error), _TRIES - tries)
                 time.sleep(min(_LONGEST_WAIT_S, error.wait if error.wait is not None else 0.2 * 2**tries))
 
     def _read_some(self, view: memoryview, offset: int, done: int) -> int:

@@ -85,8 +85,12 @@ def one_run() -> Iterator[None]:
         _run.reset(token)
 
 
-class NotAsked(CheckpointError):
-    """The Hub was not asked for a model that may be there, and its cache does not have it."""
+class OfflineError(CheckpointError):
+    """A model that may be on the Hub, or at an address, which was not asked; the Hub's cache does not have it."""
+
+
+class UnknownError(CheckpointError):
+    """The Hub has no such model, or does not show it."""
 
 
 def refuse(why: str) -> None:
@@ -162,7 +166,7 @@ def _found(repo: str, revision: str | None, run: _Run) -> Snapshot:
     if why := offline():
         return _cached(repo, revision, why)
     if run.unknown >= _MOST_UNKNOWN:
-        raise CheckpointError(f"not looked up: the Hub does not know {run.unknown} names before it", file=repo)
+        raise UnknownError(f"not looked up: the Hub does not know {run.unknown} names before it", file=repo)
     try:
         info = HfApi(endpoint=constants.ENDPOINT).model_info(
             repo, revision=revision, files_metadata=True, timeout=_TIMEOUT_S
@@ -173,7 +177,9 @@ def _found(repo: str, revision: str | None, run: _Run) -> Snapshot:
         problem = "it is gated: ask for access on its page, then run `hf auth login`"
     except hub_errors.RepositoryNotFoundError:
         run.unknown += 1
-        problem = "the Hub has no such model, or it is private (then run `hf auth login`)"
+        raise UnknownError(
+            "the Hub has no such model, or it is private (then run `hf auth login`)", file=repo
+        ) from None
     except hub_errors.HFValidationError as error:
         problem = f"it is not a valid id: {error}"
     except Exception as error:  # the client's HTTP library (requests, httpx) differs by version, and so do its errors
@@ -234,7 +240,7 @@ def _cached(repo: str, revision: str | None, why: str) -> Snapshot:
         remote.forget(root)
         return Snapshot(repo, revision, commit, root)
     where = f"the local cache ({constants.HF_HUB_CACHE}) does not hold it"
-    raise NotAsked(f"{why}, and {where}. {download(repo, revision)}", file=repo)
+    raise OfflineError(f"{why}, and {where}. {download(repo, revision)}", file=repo)
 
 
 def download(repo: str, revision: str | None) -> str:

@@ -42,10 +42,10 @@ from fastinterp.checkpoint.no_weights import no_weights
 from fastinterp.checkpoint.regular_file import Stamp, stamp_of
 from fastinterp.checkpoint.sidecar_files import CONFIG, json_or_empty
 from fastinterp.checkpoint.unfinished import about_unfinished, read_steady
-from fastinterp.errors import CheckpointError, UnreadableError
+from fastinterp.errors import CheckpointError, UnreadableError, UsageError
 from fastinterp.messages import closest, listed
 from fastinterp.presence import exists, is_file, is_folder
-from fastinterp.urls import is_url, mistyped, public, scheme_of
+from fastinterp.urls import is_url, mistyped, path_of_file, public
 
 if TYPE_CHECKING:
     from fastinterp.checkpoint.gguf_keys import GgufHeader
@@ -115,7 +115,7 @@ def open_checkpoint(name: str) -> Checkpoint:
     """Open the checkpoint `name`: a folder, a file of weights, an index file, a Hub id (`org/name@revision`), or the
     address of one of these, `s3://bucket/model`.
 
-    Another name is looked for on the disk first, and on the Hub only if nothing there has it.
+    Another name is looked for on the disk first, and on the Hub only if nothing there has it, and it has a `/`.
     Raises: CheckpointError, naming file and tensor, if it is missing, damaged, ambiguous or empty.
     """
     name = public(name)
@@ -128,7 +128,7 @@ def open_checkpoint(name: str) -> Checkpoint:
         return read_steady(name, path.parent, lambda: _open_file(name, path), lambda found: not changed_since(found))
     from fastinterp.checkpoint import hub
 
-    parsed = hub.parse(name)
+    parsed = hub.parse(name) if "/" in name else None
     if parsed is None:
         if name.strip() and names_file(name) and (unfinished := about_unfinished(path.parent, path.name)):
             raise CheckpointError(f"there is no such file yet: {unfinished}", file=name)
@@ -139,9 +139,10 @@ def open_checkpoint(name: str) -> Checkpoint:
     except UnreadableError:
         raise
     except CheckpointError as error:
-        raise CheckpointError(
-            f"there is no such folder here.{_similar(path)} As a Hub id: {error.message}", file=name
-        ) from error
+        similar = _similar(path)
+        if isinstance(error, (hub.OfflineError, hub.UnknownError)) and (similar or is_folder(path.parent)):
+            raise CheckpointError(f"there is no such folder or file.{similar}", file=name) from error
+        raise CheckpointError(f"there is no such folder here. As a Hub id: {error.message}", file=name) from error
     return _open_snapshot(name, snapshot)
 
 
@@ -174,10 +175,12 @@ def _open_address(name: str) -> Checkpoint:
     """The model at an address, `s3://bucket/model`."""
     from fastinterp.checkpoint import hub, url_model
 
-    if scheme_of(name) in ("file", "local"):
-        from urllib.parse import unquote
-
-        return open_checkpoint(unquote(name.partition("://")[2]) or "/")
+    try:
+        path = path_of_file(name)
+    except UsageError as error:
+        raise CheckpointError(str(error).removeprefix(f"{name}: "), file=name) from None
+    if path is not None:
+        return open_checkpoint(path)
     if (on_hub := url_model.on_hub(name)) is not None:
         repo, revision, below = on_hub
         try:

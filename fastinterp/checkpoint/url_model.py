@@ -29,7 +29,7 @@ from fastinterp.urls import full, is_chained, scheme_of
 
 _AT_ONCE = 16  # files that are asked for at the same time
 _LONGEST_NAME = 60  # characters of a folder's name here, of up to four bytes each
-_HERE = ("memory", "file", "local")  # protocols that fetch nothing
+HERE = ("memory", "file", "local")  # protocols that fetch nothing
 _HUB_HOSTS = ("huggingface.co", "hf.co", "www.huggingface.co")
 _ON_HUB = re.compile(r"/([\w.-]+/[\w.-]+)(?:/(?:tree|blob|resolve)/([^/]+)(?:/(.+?))?)?/?")
 
@@ -133,8 +133,8 @@ def find(url: str) -> Site:
     OutputError, if it is written.
     """
     run = hub.this_run()
-    if run.wished and scheme_of(url) not in _HERE:
-        raise hub.NotAsked(f"nothing is read from there: {run.wished}. Download it, and name the folder", file=url)
+    if run.wished and scheme_of(url) not in HERE:
+        raise hub.OfflineError(f"nothing is read from there: {run.wished}. Download it, and name the folder", file=url)
     if run.outputs and scheme_of(url) not in ("http", "https"):
         hub.refuse_output(place_of(*file_system(url, full(url))))
     if url not in run.addresses:

@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from fastinterp.checkpoint.names import quote
 from fastinterp.checkpoint.remote import RemoteFile
+from fastinterp.checkpoint.retries import tell_retry
 from fastinterp.errors import CheckpointError, FastinterpError, StorageError
 from fastinterp.messages import closest
 from fastinterp.urls import full, scheme_of
@@ -227,6 +228,7 @@ def asked(ask: Callable[[], T], shown: str, doing: str = "") -> T:
                 raise refused from None
             last = _said(error, shown)
         if tries < _TRIES:
+            tell_retry(shown, shown, f"{doing}{last}", _TRIES - tries)
             time.sleep(min(_LONGEST_WAIT_S, 0.1 * 2**tries))
     raise StorageError(f"{shown}: {doing}{last}, {_TRIES} times in a row. Try again later")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from fastinterp.cli import faults, options
+from fastinterp.cli import faults, grammar, options
 from fastinterp.cli.faults import told_together
 from fastinterp.cli.merge import outcome_of, warn
 from fastinterp.errors import UsageError
@@ -68,6 +68,7 @@ def average(
     options.refuse_ranks("average")
     if out is None:
         raise UsageError(_without_output(checkpoints))
+    out = grammar.output_of(out)
     chosen = {name: settings.pop(name) for name in ("weights", "decay", "last", "in_order", "tokenizer_source")}
     found = average_of(checkpoints, **chosen)
     models = faults.of_models(found.checkpoints)

@@ -51,7 +51,22 @@ def only_output(arguments: Sequence[str], option: str | None, usage: str) -> str
         raise UsageError(f"one output is needed, got {' and '.join(named)}")
     if not named:
         raise UsageError(f"the output is not named. Write it last, `fastinterp {usage} OUT`, or as -o OUT")
-    return arguments[0] if option is None else option
+    return output_of(arguments[0] if option is None else option)
+
+
+def output_of(name: str) -> str:
+    """The output of a command by its name: of `file:///path` the path.
+
+    Raises: UsageError, if it would be gone with the process.
+    """
+    from fastinterp.urls import path_of_file, scheme_of
+
+    if scheme_of(name) == "memory":
+        raise UsageError(
+            f"{name}: this is the memory of one process, and gone when the command ends. Name a folder, or a place in "
+            "a store, as s3://bucket/merged. From Python it can be used"
+        )
+    return path_of_file(name) or name
 
 
 def refuse_checkpoints(command: str, recipe: str, others: Sequence[str] = ()) -> None:

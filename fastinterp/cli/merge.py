@@ -261,7 +261,11 @@ def _path_lines(points: Sequence[float], acting: Sequence[float | None], reports
     for alpha, acts, report in zip(points, effective, reports, strict=True):
         effect = report.effect
         fraction, relative = effect.changed_fraction, effect.relative_change
-        change = ["copy", ""] if fraction is None else [f"{fraction:.1%}", f"{relative or 0:.1e}"]
+        change = (
+            ["computed" if report.adapted else "copy", ""]
+            if fraction is None
+            else [f"{fraction:.1%}", f"{relative or 0:.1e}"]
+        )
         rows.append([f"{alpha:g}", acts, *change, report.output])
     lines += table(rows, ">>>><")
     every = [r.notes() for r in reports]

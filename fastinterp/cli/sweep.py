@@ -232,7 +232,11 @@ def _lines(points: Sequence[Point], virtual: bool) -> list[str]:
     for point, report in zip(points, reports, strict=True):
         effect = report.effect
         fraction, relative = effect.changed_fraction, effect.relative_change
-        change = ["copy", ""] if fraction is None else [f"{fraction:.1%}", f"{relative or 0:.1e}"]
+        change = (
+            ["computed" if report.adapted else "copy", ""]
+            if fraction is None
+            else [f"{fraction:.1%}", f"{relative or 0:.1e}"]
+        )
         effective = " ".join(f"{distance:.3g}" for distance in (point.acts_as or {}).values())
         shown = str(point.path) if written else str(point.result)
         rows.append([*(f"{distance:g}" for distance in point.at.values()), effective, *change, shown])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from fastinterp.cli import options
+from fastinterp.cli import grammar, options
 from fastinterp.errors import UsageError
 
 
@@ -33,12 +33,15 @@ def upload(output: str, address: str, force: bool, quiet: bool, as_json: bool) -
     from fastinterp.checkpoint.open import open_checkpoint
     from fastinterp.messages import counted, plain, size
     from fastinterp.output.url_upload import Destination, files_of
-    from fastinterp.presence import is_folder
-    from fastinterp.urls import is_url, scheme_of
+    from fastinterp.presence import exists, is_folder
+    from fastinterp.urls import is_url, mistyped, path_of_file, scheme_of
 
     options.refuse_ranks("upload")
+    output, address = path_of_file(output) or output, grammar.output_of(address)
     if not is_url(address):
-        raise UsageError(f"upload needs an address, as s3://bucket/merged, got {address!r}")
+        copy = f" To copy it on this machine: `cp -r {shell_word(output)} {shell_word(address)}`"
+        instead = mistyped(address) or (copy if exists(output) else "")
+        raise UsageError(f"upload needs an address, as s3://bucket/merged, got {address!r}.{instead}")
     if scheme_of(address) == "hf":
         name = address.partition("://")[2]
         raise UsageError(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fastinterp.execute.run import Done
     from fastinterp.output.folder import OutFolder
     from fastinterp.plan.plan import Plan
+    from fastinterp.plan.planned import PlannedTensor
 
 COPIES = "all tensors are copies"
 _SAMPLED = 16  # tensors of which the differences of decoded models are sampled
@@ -120,6 +121,7 @@ class Report:
     files          names of the files with weights
     tensors        name -> `RoundingEffect` of each tensor that was computed, not copied
     copied         names of the tensors whose bytes were copied
+    adapted        names of those in `tensors` to which adapters add: they are sums, also of one model alone
     bytes_read, bytes_written   of the whole run, which may have several outputs
     outputs        number of outputs of the run
     wall_s         time of the run, seconds
@@ -164,6 +166,7 @@ class Report:
     left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # reason -> files that were not copied
     # numbers of the recipe in proportion to which the output differs from its base: see kept.py
     asked: Mapping[str, float] = field(default_factory=dict)
+    adapted: tuple[str, ...] = ()  # tensors that are sums of a model and its adapters
     resumed: float | None = None  # how much of all outputs was finished before, 0 to 1; None: the run was not resumed
 
     def __repr__(self) -> str:
@@ -264,11 +267,21 @@ class Report:
         if not self.tensors:
             return [COPIES]
         if self.inputs == 1 and not any(e.sampled for e in self.tensors.values()):
-            return [f"{COPIES}, stored in another dtype"]
+            return [self._of_one_model()]
         if not total.sampled or total.sum_dd > 0:
             return []
         where = "" if total.sampled == total.numel else f" where they were measured ({_percent(total)} of the elements)"
         return [f"nothing changed: the models are identical{where}"]
+
+    def _of_one_model(self) -> str:
+        """What became of tensors that are not compared with those of another model."""
+        rest = len(self.tensors) - len(self.adapted)
+        if not self.adapted:
+            return f"{COPIES}, stored in another dtype"
+        parts = [f"{counted(len(self.adapted), 'tensor')} computed: the sums of a model and its adapters"]
+        parts += [f"{counted(rest, 'tensor')} stored in another dtype"] if rest else []
+        parts += [f"{counted(len(self.copied), 'tensor')} copied"] if self.copied else []
+        return "; ".join(parts)
 
     def summary(self) -> str:
         """The report in a few lines of text."""
@@ -368,6 +381,7 @@ def report_on(
     from fastinterp.plan.models import is_gguf
 
     names = {*record.copied, *record.effects}
+    adapted = [t.name for t in plan.tensors if t.name in record.effects and _is_adapted(t, record.models)]
     quantised, about, noise = _quantised(plan)
     dtypes = sorted({t.stored_as for t in plan.tensors if t.merged and t.name in names})
     gguf = is_gguf(plan.origin)
@@ -377,6 +391,7 @@ def report_on(
         files=() if folder is None else (folder.file,) if folder.file else tuple(f.name for f in plan.layouts[k].files),
         tensors=record.effects,
         copied=tuple(record.copied),
+        adapted=tuple(adapted),
         bytes_read=done.bytes_read,
         bytes_written=done.bytes_written,
         outputs=len(plan.recipes),
@@ -406,6 +421,11 @@ def report_on(
         left_out={} if folder is None or folder.file else plan.files.left_out,
         asked=asked_of(plan.recipes[k]) if not plan.above else {},
     )
+
+
+def _is_adapted(tensor: PlannedTensor, models: set[int]) -> bool:
+    """Whether adapters add to an input of a tensor that comes from these models."""
+    return any(one.adapted for one, i in zip(tensor.inputs, tensor.checkpoints, strict=True) if i in models)
 
 
 def _file_remarks(plan: Plan, folder: OutFolder | None) -> tuple[str, ...]:

@@ -207,8 +207,9 @@ def _open_all(
             if opened is not None:
                 refuse_torn(opened, sampled=1)
         except (CheckpointError, StorageError) as error:
-            if isinstance(error.__cause__, hub.NotAsked) and about_recipe and "Did you mean" not in str(error):
-                continue  # it may be on the Hub
+            unasked = any(isinstance(one, hub.OfflineError) for one in (error, error.__cause__))
+            if unasked and about_recipe and "Did you mean" not in str(error):
+                continue  # it may be there
             name = error.file if isinstance(error, CheckpointError) and error.file in model.names else name
             hint = "" if os.path.exists(os.path.expanduser(name)) else not_there(document, name, sorted(names))
             findings.add_error(error, (path, document.error("", path).line), hint)

@@ -18,7 +18,7 @@ def adapted_as_dict(model: Model) -> dict[str, Any]:
         "adapted": [
             {"name": name, "shape": list(tensor.shape), "formula": tensor.formula}
             for name, tensor in model.tensors.items()
-            if tensor.adapted
+            if tensor.formula
         ],
         "adapters": [as_dict(adapter) for adapter in model.checkpoint.adapters],
         "warnings": list(model.warnings),

@@ -102,6 +102,11 @@ class Stored(msgspec.Struct, frozen=True, gc=False):
     low_rank: LowRank | None = None
 
     @property
+    def as_stored(self) -> bool:
+        """Whether the bytes are the elements: nothing is decoded or added."""
+        return self.decoder is None and self.low_rank is None
+
+    @property
     def sources(self) -> set[int]:
         """All sources that it is read from."""
         found = {self.source, *_companions(self.decoder)}
@@ -127,6 +132,11 @@ class Gathered(msgspec.Struct, frozen=True):
     dtype: int
     rows: Any
     decoders: tuple[Decoder | None, ...] = ()
+
+    @property
+    def as_stored(self) -> bool:
+        """Whether the bytes are the elements, as Stored has it."""
+        return not any(self.decoders)
 
     @property
     def sources(self) -> set[int]:

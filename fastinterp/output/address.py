@@ -7,14 +7,14 @@ from functools import wraps
 from typing import Any, TypeVar, cast
 
 from fastinterp.checkpoint import hub
-from fastinterp.urls import is_url, public
+from fastinterp.urls import is_url, path_of_file, public
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def uploads(function: F) -> F:
     """Decorator of a function that writes into its argument `out`: that may be an address. Names of outputs in what it
-    returns (`output` of reports) are addresses then.
+    returns (`output` of reports) are addresses then; but `file:///path` is as the path.
     """
 
     @wraps(function)
@@ -27,6 +27,9 @@ def uploads(function: F) -> F:
         out = bound.arguments.get("out")
         if not isinstance(out, str) or not is_url(out):
             return function(*args, **kwargs)
+        if (path := path_of_file(out)) is not None:
+            bound.arguments["out"] = path
+            return function(*bound.args, **bound.kwargs)
         from fastinterp.output.url_upload import Destination
 
         with hub.one_run():

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 from fastinterp.checkpoint import hub
 from fastinterp.checkpoint.names import listing, names_file, names_weights, shell_word
 from fastinterp.checkpoint.sidecar_files import CONFIG
+from fastinterp.checkpoint.url_model import HERE
 from fastinterp.errors import CheckpointError, FastinterpError, OutputError, StorageError, UsageError
 from fastinterp.messages import counted, size, tell
 from fastinterp.presence import is_folder, walk
@@ -57,8 +58,11 @@ class Destination:
             )
         if not url.partition("://")[2].partition("?")[0].strip("/"):
             raise UsageError(f"{url} names no output: expected {scheme}://BUCKET/PATH")
-        if scheme in ("file", "local"):
-            raise UsageError(f"{url} is on this machine. Write {shell_word(url.partition('://')[2])}")
+        if (why := hub.this_run().wished) and scheme not in HERE:
+            later = f"fastinterp upload FOLDER {shell_word(url)}"
+            if scheme == "hf":
+                later = f"hf upload {shell_word(url.partition('://')[2])} FOLDER . --private"
+            raise UsageError(f"{url}: nothing is uploaded: {why}. Name a folder, and upload it later: `{later}`")
         self._home = ""
         self._file = names_file(self.url)
         last = self.url.partition("?")[0].rpartition("/")[2]

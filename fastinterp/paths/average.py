@@ -6,8 +6,7 @@ import fnmatch
 import glob
 import math
 import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,13 @@ from fastinterp.errors import UsageError
 from fastinterp.messages import counted, suggestion
 from fastinterp.methods import find
 from fastinterp.ops.combine import MAX_INPUTS
+from fastinterp.paths.steps import by_step
 from fastinterp.presence import exists, is_folder, names_at
 from fastinterp.urls import full, is_url, scheme_of
 
 DECAYS = ("linear", "cosine", "1-sqrt")  # of a learning rate, which weights of checkpoints stand for
 WEIGHT_NAMES = ("uniform", "ema", *DECAYS)
 _DEFAULT_DECAY = 0.9
-_NUMBER = re.compile(r"\d+")
 
 
 @dataclass(frozen=True)
@@ -100,40 +99,6 @@ def weights_of(n: int, name: str, decay: float | None = None) -> tuple[float, ..
     powers = [float(decay) ** (n - 1 - i) for i in range(n)]
     total = math.fsum(powers)
     return tuple(power / total for power in powers)
-
-
-def by_step(paths: Sequence[str]) -> list[str]:
-    """Checkpoints ordered by the numbers in their paths, which are alike but for these: `run/checkpoint-500`.
-
-    Raises: UsageError, if a path differs in more than its numbers, or two have the same.
-    """
-    if len(paths) < 2:
-        return [*paths]
-    kinds: dict[str, list[str]] = {}
-    for path in paths:
-        kinds.setdefault(_NUMBER.sub("#", _plain(path)), []).append(path)
-    usual = max(kinds, key=lambda kind: len(kinds[kind]))
-    odd = [path for kind, group in kinds.items() if kind != usual for path in group]
-    if odd:
-        raise UsageError(
-            f"the order of {odd[0]!r} is not known: its name is not that of {kinds[usual][0]!r} with another number. "
-            "Leave it out, or give all from the oldest to the newest with --in-order (in Python in_order=True)"
-        )
-    numbered: dict[tuple[int, ...], str] = {}
-    for path in paths:
-        numbers = tuple(int(n) for n in _NUMBER.findall(_plain(path)))
-        if numbers in numbered:
-            first, same = numbered[numbers], "named twice"
-            raise UsageError(
-                f"{path!r} is {same}" if first == path else f"{first!r} and {path!r} have the same step number"
-            )
-        numbered[numbers] = path
-    return [numbered[numbers] for numbers in sorted(numbered)]
-
-
-def _plain(path: str) -> str:
-    """A path as it is compared: absolute, without a trailing slash."""
-    return os.path.abspath(os.path.expanduser(path))
 
 
 def _listed(checkpoints: object) -> list[str]:

@@ -83,7 +83,7 @@ class _Adding:
             if (place := self.places[name]) in self.tensors:
                 self._replace(place, entry)
             else:
-                self.tensors[place] = replace(self._input(entry), name=place)
+                self.tensors[place] = replace(self._input(entry), name=place, whole_of=self.label)
                 self.added.append(place)
         for module in self.adapter.modules:
             self._add(module)
@@ -167,7 +167,7 @@ class _Adding:
             why = ". Its vocabulary was resized: resize that of the base first" if resized else ""
             raise self._misfit(f"{quote(entry.name)} is {list(entry.shape)}", name, old.shape, why)
         new = self._input(entry)
-        self.tensors[name] = replace(new, name=name, kept=old.kept_dtype)
+        self.tensors[name] = replace(new, name=name, kept=old.kept_dtype, whole_of=self.label)
 
     def _replace_rows(self, name: str, tokens: tuple[int, ...], entry: Entry) -> None:
         old = self._stored(name)

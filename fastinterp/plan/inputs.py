@@ -130,7 +130,7 @@ class TensorInput(msgspec.Struct, frozen=True, eq=False, gc=False):
 
     @property
     def adapted(self) -> bool:
-        """Whether adapters change it."""
+        """Whether adapters add to it, so that it is computed."""
         return False
 
     @property
@@ -215,6 +215,7 @@ class StoredInput(TensorInput, frozen=True, eq=False):
     encoding   None: its bytes are elements of `dtype`. Else they are codes, and dtype is F32
     low_rank   None: no adapter changes it. Else dtype is F32, whatever its bytes are
     kept       the dtype of an output tensor that keeps this one's, if that is not its own
+    whole_of   the adapter that stores it whole, in place of the model's, for people; empty: it is the model's
     factor     whether it belongs to an adapter that is built into its model: a factor of a product
     """
 
@@ -225,6 +226,7 @@ class StoredInput(TensorInput, frozen=True, eq=False):
     factor: bool = False
     low_rank: LowRankInput | None = None
     kept: DType | None = None
+    whole_of: str = ""
 
     @property
     def key(self) -> Hashable:
@@ -285,7 +287,10 @@ class StoredInput(TensorInput, frozen=True, eq=False):
 
     @property
     def formula(self) -> str:
-        return "" if self.low_rank is None else self.low_rank.formula()
+        whole = f"stored whole by the adapter ({self.whole_of})" if self.whole_of else ""
+        if self.low_rank is None:
+            return whole
+        return f"{self.low_rank.formula()}, W {whole}" if whole else self.low_rank.formula()
 
     @property
     def stored_rows(self) -> StoredInput | None:

@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from fsspec.implementations.memory import MemoryFileSystem
 
 import fastinterp
+from fastinterp.checkpoint import retries
 from fastinterp.checkpoint.open import open_checkpoint
 from fastinterp.cli import commands
 from fastinterp.errors import CheckpointError, RecipeError, StorageError, UsageError
@@ -211,6 +212,27 @@ def test_faults_that_pass(server, monkeypatch):
     assert max(seen.values()) >= 3
 
 
+def test_tries_are_told_once(server, monkeypatch):
+    """On stderr, with the reason and how many are left; no more often, however many requests fail; not if --quiet."""
+    told = retries._told
+    monkeypatch.setattr("fastinterp.checkpoint.http_ranges.time.sleep", lambda seconds: None)
+    server.fail = lambda path, span: 503
+    for more, lines in (([], 1), ([], 0), (["--quiet"], 0)):
+        if lines or more:
+            told.clear()
+        done = CliRunner().invoke(
+            commands, ["interpolate", f"{server.url}/a", f"{server.url}/b", "--alpha", "0.5", "-o", "out", *more]
+        )
+        said = " ".join(done.stderr.split())
+        assert done.exit_code == 4 and said.count("Trying again") == lines, said
+        assert "503 Service Unavailable, 5 times in a row. Try again later" in said
+        if lines:
+            assert f"{server.url}/a: the server answers 503 Service Unavailable. Trying again, 4 times at most" in said
+    told.clear()
+    done = CliRunner().invoke(commands, ["inspect", "http://127.0.0.1:1/a"])
+    assert "http://127.0.0.1:1/a: Connection refused. Trying again, 4 times at most" in " ".join(done.stderr.split())
+
+
 class Flaky(MemoryFileSystem):
     """Every read fails some times, or for ever."""
 
@@ -370,6 +392,8 @@ def test_offline(memory, server):
         assert open_checkpoint("memory://m/a").tensors
         with pytest.raises(CheckpointError, match=r"nothing is read from there: --offline was given"):
             open_checkpoint(f"{server.url}/a")
+    done = CliRunner().invoke(commands, ["inspect", f"{server.url}/a", "--offline", "--json"])
+    assert '"kind": "OfflineError"' in done.output and done.exit_code == 3
     assert server.asked == []
 
 

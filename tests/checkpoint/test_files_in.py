@@ -331,7 +331,17 @@ def test_a_local_folder_wins_over_the_hub(offline_cache, tmp_path):
     (tmp_path / "org").mkdir()
     put(tmp_path / "org" / "name", "x.safetensors", "local")
     assert list(open_checkpoint("org/name").tensors) == ["local"]
-    assert "Did you mean `org/name`?" in refusal("org/nane")
+
+
+def test_a_mistyped_path_is_no_matter_of_the_hub(offline_cache, tmp_path):
+    """One sentence, where the folder is here that it should be in, or a name that is like it; or without a `/`."""
+    (tmp_path / "org").mkdir()
+    put(tmp_path / "org" / "name", "x.safetensors", "local")
+    assert refusal("org/nane") == "org/nane: there is no such folder or file. Did you mean `org/name`?"
+    assert refusal("or/name") == "or/name: there is no such folder or file. Did you mean `org/name`?"
+    assert refusal("org/other") == "org/other: there is no such folder or file."
+    assert refusal("other") == "other: there is no such folder or file."
+    assert "`hf download elsewhere/other`" in refusal("elsewhere/other")
 
 
 def test_broken_connection_falls_back_to_the_cache(offline_cache, monkeypatch):

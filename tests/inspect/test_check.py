@@ -77,6 +77,18 @@ def test_faults_of_the_recipe_and_missing_models_are_told_together(folder):
     assert str(found).endswith("not checked: the tensors of the models. Correct the recipe first")
 
 
+def test_models_elsewhere_are_not_asked_for_while_the_recipe_has_errors(folder):
+    """They may be there; a name that is close to one here is told all the same, in one sentence."""
+    Path("models").mkdir()
+    Path("a").rename("models/a")
+    names = ["models/aa", "org/a", "s3://bucket/a", "hf://org/a"]
+    wrong, _ = messages(fastinterp.check({"dtyp": "float32", **recipe("linear", names, parameters={"weight": 1})}))
+    assert wrong == [
+        "unknown key `dtyp`, did you mean `dtype`?",
+        "models/aa: there is no such folder or file. Did you mean `models/a`?",
+    ]
+
+
 def test_missing_models_alone_have_their_exit_code(folder):
     found = fastinterp.check(recipe("linear", ["./x", "a", "./y"], parameters={"weight": 1}))
     assert [f.path for f in found.errors] == ["$.models[0].model", "$.models[2].model"]

@@ -89,21 +89,119 @@ def test_one_file_and_several_points(memory):
     assert os.listdir("tmp") == []
 
 
-def test_commands(memory):
-    """merge, average, replay and extract-lora from the command line."""
-    Path("r.yml").write_text(
-        "merge_method: linear\nmodels:\n- {model: a, parameters: {weight: 1}}\n- {model: b, parameters: {weight: 2}}\n"
-    )
-    for arguments in (["merge", "r.yml", "memory://o/m"], ["average", "a", "b", "--in-order", "-o", "memory://o/v"],
-                      ["replay", "memory://o/m", "memory://o/r", "--models", "a=a", "--models", "b=b"]):  # fmt: skip
-        assert "memory://o/" in run(*arguments)
-    assert files(memory, "o/r") == files(memory, "o/m") and files(memory, "o/v")
+class Kept(MemoryFileSystem):
+    """The same files as memory://, by a protocol that the command line takes for a store."""
+
+    protocol = "kept"
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.replace("kept://", "memory://"))
 
 
-def test_adapters(memory):
+@pytest.fixture
+def kept(memory):
+    fsspec.register_implementation("kept", Kept, clobber=True)
+    return memory
+
+
+def test_commands(kept):
+    """merge, average and replay from the command line."""
+    Path("r.yml").write_text(RECIPE)
+    for arguments in (["merge", "r.yml", "kept://o/m"], ["average", "a", "b", "--in-order", "-o", "kept://o/v"],
+                      ["replay", "kept://o/m", "kept://o/r", "--models", "a=a", "--models", "b=b"]):  # fmt: skip
+        assert "kept://o/" in run(*arguments)
+    assert files(kept, "o/r") == files(kept, "o/m") and files(kept, "o/v")
+
+
+def refused(*arguments: str) -> str:
+    """What a command that is used wrongly says, in one line."""
+    result = CliRunner().invoke(commands, [*arguments])
+    assert result.exit_code == 2, result.output
+    return " ".join(result.output.split())
+
+
+LINE = ("interpolate", "a", "b", "--alpha", "0.25", "-o")
+RECIPE = "merge_method: linear\nmodels:\n- {model: a, parameters: {weight: 1}}\n- {model: b, parameters: {weight: 2}}\n"
+
+
+def writing(out: str) -> list[list[str]]:
+    """The commands that write models or adapters to an output."""
+    return [
+        ["merge", "r.yml", out],
+        [*LINE, out],
+        ["average", "a", "b", "--in-order", "-o", out],
+        ["sweep", "a", "b", out, "--alphas", "0,1"],
+        ["extract-lora", "tuned", out, "--base", "base", "--rank", "1"],
+        ["replay", "made", out, "--models", "a=a", "--models", "b=b"],
+    ]
+
+
+def test_files_by_their_addresses(memory, tmp_path):
+    """file:///path is as the path: the same bytes, of every command and from Python; the report says the path."""
+    Path("r.yml").write_text(RECIPE)
+    base_and_tuned()
+    run("merge", "r.yml", "made")
+    for i, (by_path, by_address) in enumerate(zip(writing("OUT"), writing(f"file://{tmp_path}/OUT"), strict=True)):
+        for arguments, name in ((by_path, f"p{i}"), (by_address, f"u{i} ü")):
+            run(*(word.replace("OUT", name.replace(" ", "%20") if "://" in word else name) for word in arguments))
+        assert local(f"p{i}").keys() == local(f"u{i} ü").keys() and local(f"p{i}")
+        weights = [{n: b for n, b in local(f).items() if n.endswith(".safetensors")} for f in (f"p{i}", f"u{i} ü")]
+        assert weights[0] == weights[1] and weights[0]
+    for scheme in ("file://", "local://", "file://localhost"):
+        (report,) = fastinterp.interpolate("a", "b", 0.25, f"{scheme}{tmp_path}/py", force=True)
+        assert report.output == f"{tmp_path}/py"
+    assert local("py").keys() == local("p1").keys()
+    run("verify", f"file://{tmp_path}/py")
+    with pytest.raises(OutputError, match="the output is the input folder"):
+        fastinterp.interpolate("a", "b", 0.25, f"file://{tmp_path}/a", force=True)
+
+
+def test_two_slashes_are_no_path(memory, tmp_path):
+    """As an input and as an output; both remedies work as printed."""
+    message = refused(*LINE, "file://out")
+    first, second = re.findall("`([^`]*)`", message.partition("Write ")[2])
+    run(*LINE, first)
+    run(*LINE, second, "--force")
+    assert local("out")
+    result = CliRunner().invoke(commands, ["inspect", "file://a"])
+    assert result.exit_code == 3 and f"Write `a`, or `file://{tmp_path}/a`" in " ".join(result.output.split())
+    rooted = str(tmp_path / "a").removeprefix("/")
+    result = CliRunner().invoke(commands, ["inspect", f"file://{rooted}"])
+    assert f"Write `/{rooted}`, or `file:///{rooted}`" in " ".join(result.output.split())
+    assert "names no folder or file" in refused(*LINE, "file://")
+
+
+def test_memory_of_a_process_is_no_output_of_a_command(memory):
+    Path("r.yml").write_text(RECIPE)
+    run("merge", "r.yml", "made")
+    for arguments in (*writing("memory://o/x"), ["upload", "made", "memory://o/x"]):
+        assert "memory://o/x: this is the memory of one process, and gone" in refused(*arguments)
+    assert memory.find("/o") == []
+
+
+def test_offline_uploads_nothing(kept):
+    """Before anything is computed or asked; the remedy is the command that uploads a folder."""
+    for out, later in (("kept://o/x", "fastinterp upload FOLDER kept://o/x"),
+                       ("s3://bucket/x", "fastinterp upload FOLDER s3://bucket/x"),
+                       ("hf://org/x", "hf upload org/x FOLDER . --private")):  # fmt: skip
+        message = refused(*LINE, out, "--offline")
+        assert f"{out}: nothing is uploaded: --offline was given" in message and f"`{later}`" in message
+    assert kept.find("/o") == []
+    run(*LINE, "out", "--offline")
+    run("upload", "out", "kept://o/x")
+    assert files(kept, "o/x") == local("out")
+
+
+def base_and_tuned() -> None:
+    """Two models that differ by a matrix of rank 1."""
     for name, factor in (("base", 0), ("tuned", 1)):
         values = np.outer(np.arange(16), np.arange(16)) * factor / 100
         write(Path(name), {"l.weight": tensor(np.ones((16, 16)) + values, F32, [16, 16])})
+
+
+def test_adapters(memory):
+    base_and_tuned()
     report = fastinterp.extract_lora("tuned", "base", "memory://o/lora", rank=1)
     assert report.output == "memory://o/lora"
     assert sorted(files(memory, "o/lora")) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
@@ -222,17 +320,18 @@ def test_an_error_of_the_merge_leaves_nothing(memory):
     assert memory.find("/o") == [] and os.listdir("tmp") == []
 
 
-def test_upload(memory):
+def test_upload(kept):
     """The command: a folder or a file; what is none, or is there, is refused."""
     fastinterp.interpolate("a", "b", 0.25, "out")
-    assert "memory://o/out: 4 files" in run("upload", "out", "memory://o/out")
-    assert files(memory, "o/out") == local("out")
-    run("upload", "out/model.safetensors", "memory://o")
-    assert memory.cat("/o/model.safetensors") == local("out")["model.safetensors"]
+    assert "kept://o/out: 4 files" in run("upload", "out", "kept://o/out")
+    assert files(kept, "o/out") == local("out")
+    run("upload", "out/model.safetensors", "kept://o")
+    assert kept.cat("/o/model.safetensors") == local("out")["model.safetensors"]
     for arguments, code, message in (
-        (["out", "memory://o/out"], 4, "Add --force"),
-        (["none", "memory://o/none"], 3, "there is no such folder"),
+        (["out", "kept://o/out"], 4, "Add --force"),
+        (["none", "kept://o/none"], 3, "there is no such folder"),
         (["out", "elsewhere"], 2, "upload needs an address"),
+        (["out", "s3:/bucket/out"], 2, "Did you mean `s3://bucket/out`?"),
         (["out", "hf://org/out"], 2, "hf upload org/out out . --private"),
         (["out", "https://h/out"], 2, "nothing can be written to addresses of HTTP"),
     ):
@@ -240,12 +339,20 @@ def test_upload(memory):
         assert (result.exit_code, message in " ".join(result.output.split())) == (code, True), result.output
 
 
+def test_a_copy_on_this_machine_is_no_upload(memory, tmp_path):
+    """The command that copies, as printed."""
+    fastinterp.interpolate("a", "b", 0.25, "out")
+    for i, address in enumerate((f"file://{tmp_path}/new 0", f"{tmp_path}/new 1")):
+        message = refused("upload", "out", address)
+        subprocess.run(shlex.split(re.findall("`([^`]*)`", message)[-1]), check=True)
+        assert local(f"new {i}") == local("out")
+
+
 @pytest.mark.parametrize(
     ("out", "message"),
     [
         ("s3:/bucket/x", r"`s3:/bucket/x` is no address.* Did you mean `s3://bucket/x`"),
         ("https://h/x", "nothing can be written to addresses of HTTP"),
-        ("file:///x", "is on this machine. Write /x"),
         ("memory://", "names no output"),
     ],
 )

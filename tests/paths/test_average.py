@@ -16,7 +16,8 @@ from fastinterp.cli import commands
 from fastinterp.errors import ShapeError, UsageError
 from fastinterp.methods._weights import shares
 from fastinterp.ops.combine import Combine
-from fastinterp.paths.average import average_of, by_step, weights_of
+from fastinterp.paths.average import average_of, weights_of
+from fastinterp.paths.steps import by_step
 from tests.support import tokens
 from tests.support.checkpoints import assert_same, expected, family, integers, read, write
 from tests.support.models import save
@@ -167,10 +168,55 @@ def test_vocabularies_of_different_sizes(tmp_path, monkeypatch):
         (["e2-s5/w.safetensors", "e1-s9/w.safetensors"], ["e1-s9/w.safetensors", "e2-s5/w.safetensors"]),
         (["run-2/step_0100", "run-2/step_20"], ["run-2/step_20", "run-2/step_0100"]),
         (["a"], ["a"]),
+        (["p/alpha_0.6", "p/alpha_0.55"], ["p/alpha_0.55", "p/alpha_0.6"]),
+        (
+            ["alpha_1", "alpha_0.1", "alpha_0", "alpha_-0.25", "alpha_-0.5", "alpha_1e-05"],
+            ["alpha_-0.5", "alpha_-0.25", "alpha_0", "alpha_1e-05", "alpha_0.1", "alpha_1"],
+        ),
+        (
+            ["m_alpha_1.5.safetensors", "m_alpha_1.25.safetensors"],
+            ["m_alpha_1.25.safetensors", "m_alpha_1.5.safetensors"],
+        ),
+        (["t-0.50", "t-0.45", "t-1.00"], ["t-0.45", "t-0.50", "t-1.00"]),
+        (["c-1.5", "c-1.05"], ["c-1.05", "c-1.5"]),
+        (["v1.10", "v1.9", "v1.1"], ["v1.1", "v1.9", "v1.10"]),
+        (["ours-version-1.11", "ours-version-1.9"], ["ours-version-1.9", "ours-version-1.11"]),
+        (["r-1.10.0", "r-1.9.2", "r-1.9"], ["r-1.9", "r-1.9.2", "r-1.10.0"]),
+        (["v1.10/checkpoint-20", "v1.10/checkpoint-3"], ["v1.10/checkpoint-3", "v1.10/checkpoint-20"]),
+        (["step-2-loss=1.23", "step-1-loss=1.5"], ["step-1-loss=1.5", "step-2-loss=1.23"]),
     ],
 )
 def test_order(paths, ordered):
     assert by_step(paths) == ordered
+
+
+@pytest.mark.parametrize(
+    ("paths", "said"),
+    [
+        (["step-1.9", "step-1.10"], "as decimals 1.10 is less than 1.9, as versions it comes after that"),
+        (["step-1.9", "step-1.11"], "as decimals 1.11 is less than 1.9, as versions it comes after that"),
+        (["s-0.9", "s-0.10"], "as decimals 0.10 is less than 0.9, as versions it comes after that"),
+        (["step-1.1", "step-1.10"], "as decimals they are equal, as versions not"),
+    ],
+)
+def test_numbers_that_may_be_versions(paths, said):
+    """Their order is asked for, and --in-order takes it."""
+    for order in (paths, paths[::-1]):
+        with pytest.raises(UsageError) as caught:
+            by_step(order)
+        message = str(caught.value)
+        assert said in message and message.endswith("with --in-order (in Python in_order=True)"), message
+        assert average_of(order, "uniform", None, None, in_order=True).checkpoints == tuple(order)
+
+
+def test_points_of_interpolate(run):
+    """The folders that it writes, by a pattern: the last is the newest."""
+    first, last = "run/checkpoint-500", "run/checkpoint-1500"
+    fastinterp.interpolate(first, last, [i / 10 for i in range(11)], "path", integers=last)
+    found = average_of("path/alpha_*", "ema", None, None)
+    names = [f"path/alpha_{x}" for x in ("0", *(f"0.{i}" for i in range(1, 10)), "1")]
+    assert list(found.checkpoints) == names and found.weights[-1] == max(found.weights)
+    command("path/alpha_*", "-o", "out")
 
 
 def test_in_order_takes_any_names(run):

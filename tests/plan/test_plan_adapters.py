@@ -189,6 +189,45 @@ def test_the_command_line(tmp_path):
     )
 
 
+def test_what_is_stored_whole_is_told_beside_what_is_added():
+    """By inspect and explain; the report of one model with adapters says what was computed and what was copied."""
+    embeddings = "model.embed_tokens"
+    whole = {f"base_model.model.{n}": np.full(base()[n].shape, 0.5, "f4") for n in (f"{embeddings}.weight", NORM)}
+    put("both", adapter() | whole, base_model_name_or_path="base", modules_to_save=[embeddings, "model.norm"])
+    run = CliRunner().invoke
+    text = run(commands, ["inspect", "base+both"]).stdout
+    assert text.startswith(
+        "base+both: adapters change 3 tensors\n"
+        "  stored whole by the adapter (both)  2 tensors\n"
+        "  W + 2*B*A[r=3] (both)                1 tensor\n"
+    )
+    found = json.loads(run(commands, ["inspect", "base+both", "--json"]).stdout)["adapted"]
+    assert {one["name"]: one["formula"] for one in found} == {
+        f"{embeddings}.weight": "stored whole by the adapter (both)",
+        f"{Q}.weight": "W + 2*B*A[r=3] (both)",
+        NORM: "stored whole by the adapter (both)",
+    }
+    assert "W of x0 is stored whole by the adapter (both) in 2 tensors" in " ".join(
+        str(fastinterp.explain(passthrough("base+both"))).split()
+    )
+    (report,) = fastinterp.interpolate("base", "base+both", 1, "made")
+    note = "1 tensor computed: the sums of a model and its adapters; 2 tensors stored in another dtype; 1 tensor copied"
+    assert str(report).endswith(f"  {note}") and report.as_dict()["adapted"] == (f"{Q}.weight",)
+    for alpha, dtype, adapted_tensors, last in (
+        (1, "float32", (f"{Q}.weight",), "1 tensor computed"),
+        (0, "float32", (), "all tensors are copies, stored in another dtype"),
+        (0, None, (), "all tensors are copies"),
+    ):
+        (report,) = fastinterp.interpolate("base", "base+both", alpha, "made", dtype=dtype, force=True)
+        assert report.adapted == adapted_tensors and last in str(report).splitlines()[-1]
+    (report,) = fastinterp.interpolate("base", "base+both", 0.5, "made", force=True)
+    assert report.adapted == (f"{Q}.weight",) and "computed:" not in str(report)
+    for words in (["interpolate", "base", "base+both", "points", "--alpha", "0,1"],
+                  ["sweep", "base", "base+both", "swept", "--alphas", "0,1"]):  # fmt: skip
+        rows = [line.split()[:2] for line in run(commands, words).stdout.splitlines()[2:4]]
+        assert rows == [["0", "copy"], ["1", "computed"]]
+
+
 def test_explain_and_check_read_headers_alone():
     recipe = passthrough("base+one")
     text = str(fastinterp.explain(recipe))

@@ -19,7 +19,6 @@ from fastinterp.execute.jobs.job import Result
 from fastinterp.execute.jobs.tensor_io import TensorStep
 from fastinterp.execute.rounds import DeviceUsage, PumpExecutor
 from fastinterp.messages import size
-from fastinterp.ops.operands import Stored
 from fastinterp.ops.steps import Combine, CopyEqual, Histogram, MaskedSum, Step
 
 # Of each device; with many threads it has more of them. Shorter ones take more time in Python than on the bus (tried:
@@ -27,7 +26,7 @@ from fastinterp.ops.steps import Combine, CopyEqual, Histogram, MaskedSum, Step
 SLOTS, SLOT_BYTES = 8, 16 << 20
 _LEAST_BATCH = 4 << 20  # bytes: smaller amounts of work are not divided any further
 _TICK_S = 0.1
-_SAMPLES, _LEFT, _STREAMED = "samples of magnitudes", "left by a device that failed", "inputs that are streamed"
+_SAMPLES, _LEFT = "samples of magnitudes", "left by a device that failed"
 
 
 def slots_of(threads: int) -> int:
@@ -171,7 +170,7 @@ class DeviceExecutor(PumpExecutor):
             native = step.native
             if isinstance(native, MaskedSum):
                 native = native.with_filled_masks()
-            why = _nothing_to_compute(native) or self._workers[0].device.refuses(native) or self._streamed(native)
+            why = _nothing_to_compute(native) or self._workers[0].device.refuses(native)
             if why is None:
                 pieces = Part(native, 0, native.numel).cut(most)
                 if 2 * pieces[0].nbytes <= self._window:
@@ -181,11 +180,6 @@ class DeviceExecutor(PumpExecutor):
             self._on_cpu.setdefault(why, set()).add(step.name)
             rest[i] = replace(step, native=native)
         return parts, rest
-
-    def _streamed(self, step: Step) -> str | None:
-        """The reason why a step runs on the CPU, if an input is elsewhere: the pump alone reads it."""
-        sources = [self._sources[operand.source] for operand in step.inputs if isinstance(operand, Stored)]
-        return None if all(isinstance(source, (int, tuple)) for source in sources) else _STREAMED
 
     def _progress_from(self, before: int) -> Progress:
         return lambda done, _: self._report(before + done)

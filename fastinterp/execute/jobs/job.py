@@ -103,4 +103,5 @@ class Job:
 
 def is_copy(io: TensorIO, row: Row) -> bool:
     """Whether a weighted sum is a bitwise copy of an input."""
-    return row.is_copy and io.operands[row.pivot].dtype == io.out_dtype
+    one = io.operands[row.pivot]
+    return row.is_copy and one.dtype == io.out_dtype and one.as_stored
