@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from fastinterp.backends.cpu import Progress, PumpOptions
 from fastinterp.backends.registry import cpu_isa, cpu_threads
-from fastinterp.checkpoint.checksum import KEY
 from fastinterp.errors import OutputError, StorageError, UsageError
 from fastinterp.execute.jobs.job import Job
 from fastinterp.execute.jobs.tensor_io import TensorIO, TensorStep
 from fastinterp.execute.rounds import DeviceUsage, PumpExecutor, run_jobs
 from fastinterp.execute.sinks import Sinks
-from fastinterp.execute.sources import STREAM_BYTES, Sources, remedy
+from fastinterp.execute.sources import STREAM_BYTES, Sources, refuse_damaged, remedy
 from fastinterp.execute.streams import blocks_ahead
 from fastinterp.messages import counted
 from fastinterp.ops.combine import philox_key
@@ -195,12 +194,7 @@ def opened(
     opened.
     """
     isa = cpu_isa()
-    for model in plan.checkpoints:
-        parts = () if model.checkpoint is None else model.checkpoint.parts
-        if model.checkpoint is not None and any(KEY in part.checkpoint.metadata for part in parts):  # it wrote that
-            from fastinterp.execute.torn import refuse_torn
-
-            refuse_torn(model.checkpoint)
+    refuse_damaged(plan.checkpoints)
     if plan.streamed and devices:
         what = f"{plan.streamed[0]} is read from where it is, into the CPU's memory"
         raise UsageError(f"{what}, and that cannot go with an accelerator. Use --device cpu, or download it first")

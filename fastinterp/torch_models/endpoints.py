@@ -19,7 +19,7 @@ from fastinterp.checkpoint.open import changed_since, refuse_components
 from fastinterp.errors import UsageError
 from fastinterp.execute.jobs.tensor_io import TensorStep
 from fastinterp.execute.rounds import PumpExecutor
-from fastinterp.execute.sources import Sources, storage
+from fastinterp.execute.sources import Sources, refuse_damaged, storage
 from fastinterp.in_memory.allocate import torch_dtype
 from fastinterp.in_memory.arrays import stored_dtype
 from fastinterp.in_memory.inputs import ArrayHeader, StoredTensor
@@ -150,6 +150,7 @@ class Endpoints:
         checkpoints = [model.checkpoint for model in models if model.checkpoint is not None]
         self._names = names
         reads = [tensor for c in checkpoints for name, tensor in c.tensors.items() if self._wanted(name)]
+        refuse_damaged(checkpoints)
         self.files = Sources(checkpoints, reads, stack)
 
     def _wanted(self, name: str) -> bool:
