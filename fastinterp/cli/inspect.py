@@ -110,7 +110,7 @@ def inspect(checkpoint: str, every: bool, as_json: bool) -> None:
     from fastinterp.recipe.references import ModelRef
 
     if ModelRef.of(checkpoint).adapters:
-        from fastinterp.execute.sources import refuse_damaged
+        from fastinterp.execute.damaged import refuse_damaged
         from fastinterp.inspect.describe_adapted import adapted_as_dict, adapted_as_text
         from fastinterp.plan.models import open_model
 

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 from fastinterp.backends.cpu import Progress, PumpOptions
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.errors import OutputError, StorageError, UsageError
+from fastinterp.execute.damaged import refuse_damaged
 from fastinterp.execute.jobs.job import Job
 from fastinterp.execute.jobs.tensor_io import TensorIO, TensorStep
 from fastinterp.execute.rounds import DeviceUsage, PumpExecutor, run_jobs
 from fastinterp.execute.sinks import Sinks
-from fastinterp.execute.sources import STREAM_BYTES, Sources, refuse_damaged, remedy
+from fastinterp.execute.sources import STREAM_BYTES, Sources, remedy
 from fastinterp.execute.streams import blocks_ahead
 from fastinterp.messages import counted
 from fastinterp.ops.combine import philox_key

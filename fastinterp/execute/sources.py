@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from fastinterp.backends.cpu import SourceHandle, cached_fraction
 from fastinterp.checkpoint import remote
-from fastinterp.checkpoint.checksum import KEY
 from fastinterp.checkpoint.open import changed_since
 from fastinterp.checkpoint.regular_file import close, write_all
 from fastinterp.checkpoint.remote import RemoteFile, opened
@@ -30,20 +29,6 @@ if TYPE_CHECKING:
 
 STREAM_BYTES = 64 << 20  # for what is read of files elsewhere, where nobody says how much
 _SPARE_FDS = 64  # for everything that is neither input nor output
-
-
-def refuse_damaged(models: Iterable[Model]) -> None:
-    """What is done before weights are read: of the models that fastinterp wrote a part is compared with its checksums.
-
-    Raises: CheckpointError, if one is damaged; StorageError, if one cannot be read.
-    """
-    every = [model.checkpoint for model in models if model.checkpoint is not None]
-    every += [adapter for checkpoint in every for adapter in checkpoint.adapters]
-    if any(KEY in part.checkpoint.metadata for checkpoint in every for part in checkpoint.parts):
-        from fastinterp.execute.torn import refuse_torn
-
-        for checkpoint in every:
-            refuse_torn(checkpoint, sampled=1)
 
 
 class Sources:

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from fastinterp.checkpoint import hub, remote
 from fastinterp.errors import CheckpointError, FastinterpError, RecipeError, ShapeError, StorageError
 from fastinterp.execute import chunks, quantised_deltas
-from fastinterp.execute.sources import Sources, refuse_damaged
+from fastinterp.execute.damaged import refuse_damaged
+from fastinterp.execute.sources import Sources
 from fastinterp.inspect import samples
 from fastinterp.inspect.check_result import CheckResult, Finding
 from fastinterp.messages import counted, listed, plain

@@ -12,7 +12,8 @@ from fastinterp.arguments import Checkpoint
 from fastinterp.backends.cpu import PumpOptions, survey
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.errors import ShapeError, UsageError
-from fastinterp.execute.sources import Sources, refuse_damaged
+from fastinterp.execute.damaged import refuse_damaged
+from fastinterp.execute.sources import Sources
 from fastinterp.ops.steps import Answer, Measure
 from fastinterp.plan.gguf import refuse_mixed
 from fastinterp.plan.models import Model, is_gguf, open_model

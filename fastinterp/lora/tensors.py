@@ -13,8 +13,9 @@ import numpy as np
 from fastinterp.backends.cpu import Handle, Progress, Pump, PumpOptions, survey, watch
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.errors import OutputError, ShapeError
+from fastinterp.execute.damaged import refuse_damaged
 from fastinterp.execute.jobs.tensor_io import TensorIO
-from fastinterp.execute.sources import Sources, refuse_damaged, remedy
+from fastinterp.execute.sources import Sources, remedy
 from fastinterp.lora.algebra import Array
 from fastinterp.ops.combine import Row
 from fastinterp.ops.dtypes import F32, DType

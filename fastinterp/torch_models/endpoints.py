@@ -17,9 +17,10 @@ from fastinterp.backends.cpu import Handle, PumpOptions
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.checkpoint.open import changed_since, refuse_components
 from fastinterp.errors import UsageError
+from fastinterp.execute.damaged import refuse_damaged
 from fastinterp.execute.jobs.tensor_io import TensorStep
 from fastinterp.execute.rounds import PumpExecutor
-from fastinterp.execute.sources import Sources, refuse_damaged, storage
+from fastinterp.execute.sources import Sources, storage
 from fastinterp.in_memory.allocate import torch_dtype
 from fastinterp.in_memory.arrays import stored_dtype
 from fastinterp.in_memory.inputs import ArrayHeader, StoredTensor

@@ -126,11 +126,7 @@ def test_damaged_adapters(tmp_path):
     content[-1] ^= 1
     file.write_bytes(content)
     (tmp_path / "r.yml").write_text(json.dumps(recipe_of("linear", [adapted, str(paths[0])])))
-    recipe = {
-        "merge_method": "linear",
-        "out": "lora",
-        "models": [{"model": str(tmp_path / n)} for n in ("adapter", "other")],
-    }
+    recipe = recipe_of("linear", [adapter, tmp_path / "other"], out="lora")
     (tmp_path / "lora.yml").write_text(json.dumps(recipe))
     for command in (
         ["inspect", adapter], ["inspect", adapted], ["diff", paths[0], adapted], ["check", tmp_path / "r.yml"],
