@@ -182,6 +182,19 @@ def test_force_replaces_a_checkpoint(models):
     assert [p.name for p in (models / "out").glob("model*")] == ["model.safetensors"]
 
 
+def test_force_names_the_files_that_it_replaces(models):
+    """In a folder that is no checkpoint: the user's own. Not those that a merge wrote there."""
+    (models / "out").mkdir()
+    for name in ("README.md", "notes.txt"):
+        (models / "out" / name).write_text("mine")
+    text = run("merge", "recipe.yml", "out", "--force")
+    assert "  replaced, and not of a merge: README.md\n" in text
+    assert (models / "out" / "notes.txt").read_text() == "mine"
+    assert "replaced, and not" not in run("merge", "recipe.yml", "out", "--force")
+    (models / "out" / "README.md").write_text("mine")
+    assert json.loads(run("merge", "recipe.yml", "out", "--force", "--json"))["replaced"] == ["README.md"]
+
+
 def test_options_reach_the_merge(models):
     options = ["--dtype", "float16", "--rounding", "stochastic", "--seed", "7", "--durable", "--device", "cpu"]
     run("merge", "recipe.yml", "out", *options, "--max-memory", "1MB", "--max-shard-size", "100")
