@@ -195,6 +195,15 @@ def test_force_names_the_files_that_it_replaces(models):
     assert json.loads(run("merge", "recipe.yml", "out", "--force", "--json"))["replaced"] == ["README.md"]
 
 
+def test_inspect_shows_the_whole_of_what_a_receipt_says_in_words(models):
+    (models / "ties.yml").write_text(RECIPE.replace("task_arithmetic", "ties"))
+    run("merge", "ties.yml", "out")
+    whole = json.loads(run("inspect", "out", "--json"))["receipt"]["coefficients"]
+    assert whole == "left out: they come from the data, or differ by element. The recipe gives them again"
+    words = " ".join(run("inspect", "out").split())
+    assert f" coefficients: {whole} dtype: null " in words
+
+
 def test_options_reach_the_merge(models):
     options = ["--dtype", "float16", "--rounding", "stochastic", "--seed", "7", "--durable", "--device", "cpu"]
     run("merge", "recipe.yml", "out", *options, "--max-memory", "1MB", "--max-shard-size", "100")
