@@ -20,7 +20,7 @@ from fastinterp.errors import CheckpointError
 from fastinterp.execute.checksums import small_file
 from fastinterp.execute.sources import storage
 from fastinterp.execute.torn import holes_in
-from fastinterp.messages import listed
+from fastinterp.messages import counted, listed
 from fastinterp.messages import size as shown_size
 from fastinterp.output.receipt import ReceiptFile, SmallFile, WeightsFile, hexadecimal
 from fastinterp.presence import file_size
@@ -137,7 +137,7 @@ def _check_weights(
     tensors = [f"{part}/{t}" if part else t for t in tensors]
     begin, end = spans[0][0], spans[-1][1]
     what = (
-        f"its data is not what was written: {len(wrong)} of {len(regions)} parts of 64 MiB "
+        f"its data is not what was written: {len(wrong)} of {counted(len(regions), 'part')} of 64 MiB "
         f"{'differs' if len(wrong) == 1 else 'differ'}, from byte {begin} to {end}, {_which_hold(tensors)}"
     )
     return [Finding(name, what + _holes(path, start, size), tuple(tensors))]

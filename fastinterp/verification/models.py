@@ -151,11 +151,17 @@ def _missing(missing: Sequence[str], made: MadeOutput, folders: Sequence[Path]) 
     what = f"the model {quote(missing[0])} is" if len(missing) == 1 else f"the models {listed(missing, 8)} are"
     return (
         f"{what} neither here nor near the output. Say where: {places}, or --models FOLDER for a folder that has "
-        f"{'it' if len(missing) == 1 else 'them'}. Looked at: {_looked_at(missing, made, folders)}"
+        f"{'it' if len(missing) == 1 else 'them'}. Looked at: {_places(missing, made, folders)}"
     )
 
 
-def _looked_at(missing: Sequence[str], made: MadeOutput, folders: Sequence[Path]) -> str:
+def looked_at(made: MadeOutput, given: ModelPlaces | None, name: str) -> str:
+    """The places where a model was looked for, for people. given: as of found_models"""
+    _, folders = _split(given, named_paths(made.told, made.name))
+    return _places([name], made, folders)
+
+
+def _places(missing: Sequence[str], made: MadeOutput, folders: Sequence[Path]) -> str:
     """The places where models were looked for."""
     here = [os.path.abspath(os.path.expanduser(name)) for name in missing if not is_url(name)]
     places = [*map(str, folders), *here[:4], *map(str, _above(made))]

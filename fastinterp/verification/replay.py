@@ -31,7 +31,7 @@ from fastinterp.progress import callback_of
 from fastinterp.recipe.load import Recipe
 from fastinterp.verification.inputs import which_changed
 from fastinterp.verification.made_output import MadeOutput, open_output, refuse_numerics
-from fastinterp.verification.models import ModelPlaces, elsewhere_lines, found_models
+from fastinterp.verification.models import ModelPlaces, elsewhere_lines, found_models, looked_at
 from fastinterp.verification.recipes import plan_again
 
 
@@ -119,7 +119,7 @@ def replay(
             raise UsageError(f"{quote(source)} is {kind}. Got {quote(target)}")
         refuse_numerics(made.told, made.name)
         places = found_models(made, models)
-        plan = plan_again(made, places)
+        plan = plan_again(made, places, partial(looked_at, made, models))
         if made.receipt is not None:
             plan = with_sums(plan, made.receipt.coefficients, str(made.folder / RECEIPT))
         edit_files = partial(_as_listed, made) if made.receipt is not None else None

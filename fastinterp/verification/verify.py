@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fastinterp._version import __version__
@@ -25,7 +26,7 @@ from fastinterp.progress import callback_of
 from fastinterp.verification.checks import Checked, Finding, check_files, check_stated, narrowed
 from fastinterp.verification.inputs import about_unknown_data, changed_inputs, which_changed
 from fastinterp.verification.made_output import MadeOutput, open_output, refuse_numerics
-from fastinterp.verification.models import ModelPlaces, elsewhere_lines, found_models
+from fastinterp.verification.models import ModelPlaces, elsewhere_lines, found_models, looked_at
 from fastinterp.verification.pieces import Piece, pieces_of, sampled, whole_pieces
 from fastinterp.verification.recipes import plan_again
 from fastinterp.verification.recompute import Difference, Place, differences
@@ -209,7 +210,7 @@ def _recompute(
         refuse_numerics(made.told, made.name)
         places = found_models(made, models)
         result = _with(result, models=places)
-        plan = plan_again(made, places)
+        plan = plan_again(made, places, partial(looked_at, made, models))
         result = _with(result, notes=(*result.notes, *(about_unknown_data(plan, made.receipt) if inputs else ())))
         changed = [] if made.receipt is None else changed_inputs(plan, made.receipt.inputs, inputs, threads, progress)
     except (CheckpointError, ShapeError, StorageError) as error:
@@ -249,11 +250,8 @@ def _without_receipt(made: MadeOutput) -> tuple[bool, tuple[str, ...]]:
     if made.receipt is not None or made.file:
         return False, ()
     others = sorted({n for n in names_at(made.folder) if not n.startswith(".")} - {path.name for path in made.weights})
-    what = f": {listed(others, _LISTED)}" if others else ""
-    return True, (
-        f"{RECEIPT} is missing, by which the files beside the weights are compared: they were not compared{what}. Only "
-        "the weights were, with what their headers say",
-    )
+    what = f", and not the files beside them: {listed(others, _LISTED)}" if others else ""
+    return True, (f"{RECEIPT} is missing, so only the weights were compared, with what their headers say{what}",)
 
 
 def _why(made: MadeOutput, plan: Plan, threads: int | None) -> str:

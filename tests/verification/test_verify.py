@@ -90,7 +90,7 @@ def test_the_first_difference_is_named(tmp_path):
     code, text = run(tmp_path / "out")
     assert code == 1
     assert "different: 1 file of" in text
-    assert "model.safetensors: its data is not what was written: 1 of 1 parts of 64 MiB differ" in text
+    assert "model.safetensors: its data is not what was written: 1 of 1 part of 64 MiB differs" in text
     assert "which hold" not in text and f", in {tensor}\n" in text
     assert f"model.safetensors: {tensor}: 2 of 1536 elements that were compared differ, first 7" in text
     code, text = run(tmp_path / "out", "--json")
@@ -188,8 +188,8 @@ def test_an_output_without_the_file_of_its_receipt(tmp_path):
     code, text = run(out)
     assert code == 0
     assert "the same bytes of weights: " in text
-    assert f"note: {RECEIPT} is missing, by which the files beside the weights are compared: they were" in text
-    assert "they were not compared: README.md, config.json. Only the weights were" in text
+    assert f"note: {RECEIPT} is missing, so only the weights were compared, with what their headers say, and" in text
+    assert "and not the files beside them: README.md, config.json\n" in text
     assert json.loads(run(out, "--json")[1])["receipt"] is False
     code, text = run(out, "--sample", "0")
     assert "are those of their headers" in text and "is missing" in text
