@@ -4,7 +4,6 @@
 #include <atomic>
 #include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 
 #include "cpu/backend.h"
@@ -41,8 +40,8 @@ void for_ranges(int64_t ranges, int threads, const Make& make) {
   others.reserve(size_t(std::max<int64_t>(0, helpers)));
   try {
     for (int64_t t = 0; t < helpers; ++t) others.emplace_back(work);
-  } catch (const std::system_error&) {
-    // The system allows no more threads: those that run share the work.
+  } catch (const std::exception&) {
+    // The system allows no more threads, or no memory for them: those that run share the work.
   }
   work();
   for (std::thread& t : others) t.join();

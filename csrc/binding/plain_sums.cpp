@@ -92,7 +92,7 @@ bool view_of_tensor(const py::handle& tensor, const py::dict& codes, bool follow
   for (const py::handle length : py::reinterpret_borrow<py::tuple>(shape))
     view->shape.push_back(length.cast<int64_t>());
   view->address = address.cast<uintptr_t>();
-  return true;
+  return view->address != 0;  // whose storage was let go
 }
 
 // One kind of arrays of which sums are computed without a check in Python.
@@ -104,10 +104,11 @@ class PlainSums {
   bool sum(const py::sequence& arrays, const SumRow& sum, const py::object& out, const py::object& threads,
            bool followed) const {
     if (std::getenv("FASTINTERP_ISA") != nullptr) return false;  // which Python checks
-    const size_t n = arrays.size();
+    const py::tuple held(arrays);                                // the caller's list may change while others run
+    const size_t n = held.size();
     std::vector<View> views(n);
     for (size_t i = 0; i < n; ++i)
-      if (!view(arrays[i], false, followed, &views[i]) || views[i].shape != views[0].shape) return false;
+      if (!view(held[i], false, followed, &views[i]) || views[i].shape != views[0].shape) return false;
     View target;
     if (n != sum.inputs() || !view(out, true, followed, &target) || target.shape != views[0].shape) return false;
     int64_t numel = 1;

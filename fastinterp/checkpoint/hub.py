@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from operator import eq
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from fastinterp.checkpoint import remote
 from fastinterp.checkpoint.hub_download import HubFiles, Snapshot, first_line
 from fastinterp.checkpoint.names import GGUF, OTHER_WEIGHTS, PICKLES, WEIGHTS, shell_word
 from fastinterp.checkpoint.regular_file import read_regular
-from fastinterp.errors import CheckpointError, StorageError
+from fastinterp.errors import CheckpointError, OutputError, StorageError
 from fastinterp.messages import counted, size, tell
 from fastinterp.presence import exists, is_file, is_folder
 
@@ -101,6 +102,18 @@ def this_run() -> _Run:
     return _run.get() or _Run()
 
 
+def refuse_output(place: Sequence[str]) -> None:
+    """Raises: OutputError, if what is at a place, as of place_of, is written by this run, or is in that, or has it."""
+    for out, there in this_run().outputs.items():
+        if all(map(eq, place, there)):  # one is the beginning of the other
+            raise OutputError(f"{out}: it is an input of the merge, or contains one, or is in one. Give another name")
+
+
+def place_of(repo: str) -> tuple[str, ...]:
+    """What `place_of` of url_store.py is for other stores."""
+    return ("Hub", *repo.lower().split("/"))
+
+
 def offline() -> str:
     """Why nothing is to be fetched: `HF_HUB_OFFLINE is set`; empty, if something may be."""
     run = _run.get()
@@ -116,8 +129,10 @@ def offline() -> str:
 def find(repo: str, revision: str | None = None) -> Snapshot:
     """The model `repo` on the Hub; offline, or where that cannot be reached, in its cache.
 
-    Raises: CheckpointError, if huggingface_hub is missing, or the Hub and the cache cannot give the model.
+    Raises: CheckpointError, if huggingface_hub is missing, or the Hub and the cache cannot give the model; OutputError.
     """
+    if revision in (None, "main"):  # others stay as they are
+        refuse_output(place_of(repo))
     with one_run():
         run = _run.get()
         assert run is not None

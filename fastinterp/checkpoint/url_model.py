@@ -16,14 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from hashlib import blake2b
-from operator import eq
 from pathlib import Path
 from urllib.parse import unquote
 
 from fastinterp.checkpoint import hub, remote
 from fastinterp.checkpoint.names import listing, names_weights
 from fastinterp.checkpoint.url_store import FsspecStore, Store, There, file_system, place_of
-from fastinterp.errors import CheckpointError, OutputError, StorageError
+from fastinterp.errors import CheckpointError, StorageError
 from fastinterp.messages import counted, size, tell
 from fastinterp.presence import exists, is_folder
 from fastinterp.urls import full, is_chained, scheme_of
@@ -130,18 +129,14 @@ class Site:
 def find(url: str) -> Site:
     """The model at an address, once a run.
 
-    Raises: CheckpointError, if there is none, or a package is missing; StorageError, if it cannot be reached.
+    Raises: CheckpointError, if there is none, or a package is missing; StorageError, if it cannot be reached;
+    OutputError, if it is written.
     """
     run = hub.this_run()
     if run.wished and scheme_of(url) not in _HERE:
         raise hub.NotAsked(f"nothing is read from there: {run.wished}. Download it, and name the folder", file=url)
     if run.outputs and scheme_of(url) not in ("http", "https"):
-        place = place_of(*file_system(url, full(url)))
-        for out, there in run.outputs.items():
-            if all(map(eq, place, there)):  # one is the beginning of the other
-                raise OutputError(
-                    f"{out}: it is an input of the merge, or contains one, or is in one. Give another name"
-                )
+        hub.refuse_output(place_of(*file_system(url, full(url))))
     if url not in run.addresses:
         run.addresses[url] = _found(url)
     site: Site = run.addresses[url]

@@ -48,6 +48,7 @@ class Upload:
             raise OutputError(f"{repo}: this needs the Hub's client. Install it: pip install huggingface_hub") from None
         self._repo, self._out, self._public, self._force = repo, out, public, force
         self._api = HfApi(endpoint=constants.ENDPOINT, library_name="fastinterp", library_version=__version__)
+        hub.this_run().outputs[repo] = hub.place_of(repo)
         self._refuse_stranger()
         self._refuse_existing()
 

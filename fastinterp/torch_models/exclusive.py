@@ -30,7 +30,8 @@ class ExclusiveTensors:
             self._registered.add(self)
 
     def release(self) -> None:
-        self._registered.discard(self)
+        with _LOCK:  # no other thread goes through them meanwhile
+            self._registered.discard(self)
 
     def _refuse_overlap(self, other: ExclusiveTensors) -> None:
         """The tensors of one registration do not overlap, so of two that do one follows the other in memory."""

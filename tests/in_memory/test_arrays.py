@@ -235,7 +235,7 @@ def test_tensors_whose_memory_was_let_go():
     freed.untyped_storage().resize_(0)  # as FSDP does between uses
     for arrays, options in (([T, freed], {}), ([T], {"out": freed}), ([T], {"pivot": freed})):
         with pytest.raises(UsageError, match="has no memory of its own that holds its elements"):
-            fastinterp.weighted_sum(arrays, [1] * len(arrays), threads=1, **options)
+            fastinterp.weighted_sum(arrays, [1] * len(arrays), **options)
     with pytest.raises(UsageError, match="array 0 has no memory of its own"):
         torch.func.vmap(lambda x: fastinterp.weighted_sum([x], [1]))(T)
     with pytest.raises(UsageError, match="state dict 1 has no memory of its own"):

@@ -78,7 +78,14 @@ def _masked() -> list[np.ndarray]:
     return [np.ma.masked_array(np.ones(3, np.float32)), np.ones(3, np.float32)]
 
 
+def _without_memory() -> list[torch.Tensor]:
+    x = torch.ones(3)
+    x.untyped_storage().resize_(0)
+    return [x, torch.ones(3)]
+
+
 NOT_PLAIN = {
+    "without memory": _without_memory,
     "shapes": lambda: [np.ones(3, np.float32), np.ones((3, 1), np.float32)],
     "empty": lambda: [np.ones(0, np.float32), np.ones(0, np.float32)],
     "strided": lambda: [np.ones((3, 3), np.float32)[:, 1], np.ones(3, np.float32)],

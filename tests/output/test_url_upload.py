@@ -265,4 +265,10 @@ def test_the_hub(memory, tmp_path):
         assert hub.repos["org/mixed"].private and hub.repos["org/mixed"].files == local("out")
         again = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
         assert again.returncode == 4 and "org/mixed: the model is there already" in again.stderr
+        before = dict(hub.repos["org/mixed"].files)
+        for name in ("org/mixed", "hf://org/mixed", "hf://org/mixed@main"):
+            of_itself = [*command[:4], name, *command[5:], "--force"]
+            done = subprocess.run(of_itself, capture_output=True, text=True, check=False, env=env)
+            assert done.returncode == 4 and "org/mixed: it is an input of the merge" in done.stderr, done.stderr
+        assert hub.repos["org/mixed"].files == before
     assert os.listdir("tmp") == []
