@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from unittest.mock import Mock
 
 import click
 import numpy as np
@@ -12,10 +13,12 @@ import pytest
 from click import testing
 from click.testing import CliRunner
 
+from fastinterp.checkpoint.journal_file import journal_path
 from fastinterp.cli import commands, progress
 from fastinterp.cli.info import example
 from fastinterp.messages import fit, seconds, size, table
 from fastinterp.methods import find, names
+from fastinterp.output.journal import begin
 from fastinterp.recipe.load import load_recipe
 from tests.support.models import bf16, layers, load, save
 
@@ -180,6 +183,17 @@ def test_force_replaces_a_checkpoint(models):
     assert (models / "out" / "model.safetensors.index.json").exists()
     assert "removed from the replaced checkpoint: " in run("merge", "recipe.yml", "out", "--force")
     assert [p.name for p in (models / "out").glob("model*")] == ["model.safetensors"]
+
+
+def test_an_interrupt_before_the_output_is_looked_at_tells_what_is_kept(models, monkeypatch):
+    """The journal that an earlier run left is as it was."""
+    (models / "out").mkdir()
+    begin(journal_path(models / "out")).close()
+    before = journal_path(models / "out").read_bytes()
+    monkeypatch.setattr("fastinterp.api.merge_documents", Mock(side_effect=KeyboardInterrupt))
+    done = CliRunner().invoke(commands, ["merge", "recipe.yml", "out"])
+    assert "interrupted; nothing was written; the unfinished output of an earlier run is kept" in done.stderr
+    assert journal_path(models / "out").read_bytes() == before
 
 
 def test_force_names_the_files_that_it_replaces(models):
