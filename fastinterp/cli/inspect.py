@@ -111,11 +111,13 @@ def inspect(checkpoint: str, every: bool, as_json: bool) -> None:
     from fastinterp.recipe.references import ModelRef
 
     if ModelRef.of(checkpoint).adapters:
+        from fastinterp.execute.damaged import refuse_damaged
         from fastinterp.inspect.describe_adapted import adapted_as_dict, adapted_as_text
         from fastinterp.plan.models import open_model
 
         with remote.headers_only():
             model = open_model(checkpoint)
+        refuse_damaged([model])
         if as_json:
             options.say_json(adapted_as_dict(model))
         else:

@@ -33,7 +33,12 @@ from fastinterp.cli.merge import outcome_of
 @click.option("--dtype", default="float32", show_default=True, metavar="NAME", help="Dtype of the factors.")
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the random matrices.")
 @options.threads
-@click.option("--force", is_flag=True, help="Replace an adapter in the output folder.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Replace an adapter in the output folder, and files of the names that are written (README.md). The report "
+    "names what was removed or replaced.",
+)
 @options.durable
 @options.offline
 @options.quiet

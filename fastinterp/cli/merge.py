@@ -189,21 +189,24 @@ def outcome_of(outs: Iterable[Path]) -> Iterator[None]:
         note: str = getattr(error, "outcome", "")  # what is kept, to be resumed
         if not note and isinstance(error, (KeyboardInterrupt, OutputError)):
             done = [str(out) for out, files in _in_place(outs).items() if files - before.get(out, set())]
-            note = f"finished before that: {', '.join(done)}" if done else _nothing(outs)
+            note = f"finished before that: {', '.join(done)}" if done else _nothing(outs, error)
         if note and note not in str(error) and _MENDED not in str(error):
             click.get_current_context().meta[OUTCOME] = [note]
         raise
 
 
-def _nothing(outs: Iterable[Path]) -> str:
+def _nothing(outs: Iterable[Path], error: BaseException) -> str:
     """What is said if no output is in place."""
-    from fastinterp.checkpoint.journal_file import FINISHING, journal_path, state_of
+    from fastinterp.checkpoint.journal_file import BEGIN, FINISHING, journal_path, state_of
     from fastinterp.checkpoint.names import names_file
 
     with suppress(OSError, CheckpointError):
         for out in outs:
             path = journal_path(out.parent, out.name) if names_file(str(out)) else journal_path(out)
-            if state_of(path) == FINISHING:
+            state = state_of(path)
+            if state == BEGIN and isinstance(error, KeyboardInterrupt):
+                return "nothing was written; the unfinished output of an earlier run is kept"
+            if state == FINISHING:
                 return "the output is complete, and the next run into it puts it in place: run this again"
     return "nothing was written"
 

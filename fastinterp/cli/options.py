@@ -137,7 +137,12 @@ device = click.option(
     metavar="NAME",
     help="Where to compute: cpu, cuda, cuda:0,1 or triton; auto: the one estimated to be faster.",
 )
-force = click.option("--force", is_flag=True, help="Replace a checkpoint in the output folder, or the output file.")
+force = click.option(
+    "--force",
+    is_flag=True,
+    help="Replace a checkpoint in the output folder, and files of the names that are written (README.md, config.json), "
+    "or the output file. Other files stay. The report names what was removed or replaced.",
+)
 durable = click.option(
     "--durable",
     is_flag=True,

@@ -133,6 +133,7 @@ class Report:
     on_cpu         with an accelerator: reason -> number of tensors that the CPU computed
     chosen         why `device="auto"` took this one; empty, if there was no choice
     removed        files of the checkpoint that the output replaced
+    replaced       files that others of the same names replaced (`force`), which no merge had written there
     warnings       what may be wrong with the output: precision, NaN and Inf, files beside the weights
     remarks        what was decided without being asked: names that were aligned, tensors that were left out
     quantised      model whose codes were decoded -> how large its difference is, in steps of the quantisation
@@ -159,6 +160,7 @@ class Report:
     )  # with accelerators, what the CPU computed: reason -> number of tensors
     chosen: str = ""  # the reason for the choice of `--device auto`, if there was a choice
     removed: tuple[str, ...] = ()  # files of the checkpoint that the output replaced
+    replaced: tuple[str, ...] = ()  # files that no merge had written there
     warnings: tuple[str, ...] = field(default=())
     remarks: tuple[str, ...] = ()  # what was decided without being asked: see Plan
     # model that is decoded from codes, or is compared with one -> its difference in steps of the quantisation
@@ -238,6 +240,8 @@ class Report:
         removed = (
             [f"removed from the replaced checkpoint: {', '.join(map(plain, self.removed))}"] if self.removed else []
         )
+        if self.replaced:
+            removed.append(f"replaced, and not of a merge: {', '.join(map(plain, self.replaced))}")
         warnings = [f"warning: {plain(w)}" for w in self.warnings]
         remarks = [f"note: {plain(remark)}" for remark in self.remarks]
         told = self.resumed is None or heard()  # at the start of the run
@@ -403,6 +407,7 @@ def report_on(
         densities=record.densities,
         merged=sum(t.numel for t in plan.tensors if t.merged),
         removed=() if folder is None else folder.removed,
+        replaced=() if folder is None else folder.replaced,
         warnings=(
             *warnings_of(
                 record.effects,

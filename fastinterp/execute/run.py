@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastinterp.backends.cpu import Progress, PumpOptions
 from fastinterp.backends.registry import cpu_isa, cpu_threads
-from fastinterp.checkpoint.checksum import KEY
 from fastinterp.errors import OutputError, StorageError, UsageError
+from fastinterp.execute.damaged import refuse_damaged
 from fastinterp.execute.jobs.job import Job
 from fastinterp.execute.jobs.tensor_io import TensorIO, TensorStep
 from fastinterp.execute.rounds import DeviceUsage, PumpExecutor, run_jobs
@@ -195,12 +195,7 @@ def opened(
     opened.
     """
     isa = cpu_isa()
-    for model in plan.checkpoints:
-        parts = () if model.checkpoint is None else model.checkpoint.parts
-        if model.checkpoint is not None and any(KEY in part.checkpoint.metadata for part in parts):  # it wrote that
-            from fastinterp.execute.torn import refuse_torn
-
-            refuse_torn(model.checkpoint)
+    refuse_damaged(plan.checkpoints)
     if plan.streamed and devices:
         what = f"{plan.streamed[0]} is read from where it is, into the CPU's memory"
         raise UsageError(

@@ -203,11 +203,11 @@ def _opened_folders(
                 )  # fmt: skip
                 folders[-1].append(stack.enter_context(folder))
                 needed = 0
+        return folders, Session(plans, folders[0][0], identity)
     except BaseException:
         for folder in (folder for of_plan in folders for folder in of_plan if folder.resumed):
             folder.leave()
         raise
-    return folders, Session(plans, folders[0][0], identity)
 
 
 def _names(plan: Plan, layout: Layout) -> list[str]:

@@ -126,6 +126,9 @@ def _torn(path: Path, holes: list[tuple[int, int]], begin: int, end: int, checkp
     else:
         what = f"its data is not what was written: bytes {begin} to {end} have another checksum than the receipt says"
     root, new = checkpoint.name, "NEW" if checkpoint.whole_folder else f"NEW{path.suffix}"
+    if checkpoint.adapter is not None:  # it has no receipt
+        what = what.replace("the receipt says", "its header says")
+        return CheckpointError(f"{what}. Copy it again, or make it again as it was made", file=str(path))
     return CheckpointError(
         f"{what}. Copy it again, or make it again: `fastinterp replay {shell_word(root)} -o {new}`; "
         f"`fastinterp verify {shell_word(root)}` tells which tensors of {quote(path.name)} differ",

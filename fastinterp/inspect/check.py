@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from fastinterp.checkpoint import hub, remote
 from fastinterp.errors import CheckpointError, FastinterpError, RecipeError, ShapeError, StorageError
 from fastinterp.execute import chunks, quantised_deltas
+from fastinterp.execute.damaged import refuse_damaged
 from fastinterp.execute.sources import Sources
-from fastinterp.execute.torn import refuse_torn
 from fastinterp.inspect import samples
 from fastinterp.inspect.check_result import CheckResult, Finding
 from fastinterp.messages import counted, listed, plain
@@ -108,6 +108,7 @@ def _check_adapters(file: str | None, recipes: Sequence[Recipe], findings: _Find
         return findings.result(file, recipes, exit_code=findings.errors[0].exit_code)
     try:
         plan = plan_adapters(recipes[0])
+        refuse_damaged(source.model for source in plan.sources if source.model is not None)
     except FastinterpError as error:
         findings.add_error(error)
         return findings.result(file, recipes, exit_code=error.exit_code)
@@ -203,9 +204,7 @@ def _open_all(
             continue
         seen.add(model)
         try:
-            opened = library.find(model).checkpoint
-            if opened is not None:
-                refuse_torn(opened, sampled=1)
+            refuse_damaged([library.find(model)])
         except (CheckpointError, StorageError) as error:
             unasked = any(isinstance(one, hub.OfflineError) for one in (error, error.__cause__))
             if unasked and about_recipe and "Did you mean" not in str(error):

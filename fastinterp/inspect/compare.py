@@ -12,6 +12,7 @@ from fastinterp.arguments import Checkpoint
 from fastinterp.backends.cpu import PumpOptions, survey
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.errors import ShapeError, UsageError
+from fastinterp.execute.damaged import refuse_damaged
 from fastinterp.execute.sources import Sources
 from fastinterp.ops.steps import Answer, Measure
 from fastinterp.plan.gguf import refuse_mixed
@@ -211,6 +212,7 @@ def _measured(
 ) -> list[Answer]:
     """The pump's answer for each of the tensors called `names`: deltas from the first checkpoint."""
     places = [[c.tensors[name] for c in models] for name in names]
+    refuse_damaged(models)
     with ExitStack() as stack:
         sources = Sources(models, (tensor for tensors in places for tensor in tensors), stack)
         steps = [

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from fastinterp.checkpoint import remote
@@ -232,6 +233,8 @@ def _metadata_lines(values: dict[str, Any]) -> list[str]:
         for key, value in receipt.items():
             if key == "recipe" and isinstance(value, str):
                 lines += ["  recipe:", *(f"    {plain(line)}" for line in value.rstrip().split("\n"))]
+            elif isinstance(value, str) and " " in value:  # a sentence
+                lines += wrap(plain(f"{key}: {value}"), WIDTH, initial_indent="  ", subsequent_indent="    ")
             else:
                 lines.append(fit(f"  {key}: {value if isinstance(value, str) else json.dumps(value)}", WIDTH))
     return lines

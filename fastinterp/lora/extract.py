@@ -146,6 +146,7 @@ def extract_lora(
     return AdapterReport(
         folder.name, modules, tuple(parts.saved), left_out, False, total, written, time.perf_counter() - start,
         (*plan.remarks, *run.remarks()), (*plan.warnings, *run.warnings(names[0], left_out)),
+        folder.removed, folder.replaced,
     )  # fmt: skip
 
 

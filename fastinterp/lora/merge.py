@@ -91,7 +91,7 @@ def merge_adapters(
     names = sorted({re.sub(r"\.[^.]+$", "", whole.name) for whole in plan.whole})
     return AdapterReport(
         folder.name, modules, tuple(names), (), merge.exact, merge.bytes_read, written, time.perf_counter() - start,
-        plan.remarks, plan.warnings,
+        plan.remarks, plan.warnings, folder.removed, folder.replaced,
     )  # fmt: skip
 
 

@@ -57,6 +57,8 @@ class AdapterReport:
     wall_s    time of the run, seconds
     remarks   what was decided without being asked
     warnings  what may not be intended
+    removed   files of a checkpoint that the output replaced (`force`)
+    replaced  files that others of the same names replaced
     """
 
     output: str
@@ -69,6 +71,8 @@ class AdapterReport:
     wall_s: float
     remarks: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    replaced: tuple[str, ...] = ()
 
     @property
     def total(self) -> FactorisedModule:
@@ -95,6 +99,8 @@ class AdapterReport:
             "wall_s": self.wall_s,
             "remarks": list(self.remarks),
             "warnings": list(self.warnings),
+            "removed": list(self.removed),
+            "replaced": list(self.replaced),
         }
 
     def summary(self) -> str:
@@ -115,7 +121,10 @@ class AdapterReport:
         if self.saved:
             lines.append(f"  stored whole: {counted(len(self.saved), 'module')}")
         lines += [f"  {plain(remark)}" for remark in self.remarks]
-        return "\n".join([*lines, *(f"  warning: {plain(warning)}" for warning in self.warnings)])
+        lines += [f"  warning: {plain(warning)}" for warning in self.warnings]
+        for what, names in (("removed", self.removed), ("replaced", self.replaced)):
+            lines += [f"  {what}: {', '.join(map(plain, names))}"] if names else []
+        return "\n".join(lines)
 
 
 def _rows(modules: Sequence[FactorisedModule]) -> list[list[str]]:

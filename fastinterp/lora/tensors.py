@@ -13,6 +13,7 @@ import numpy as np
 from fastinterp.backends.cpu import Handle, Progress, Pump, PumpOptions, survey, watch
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.errors import OutputError, ShapeError
+from fastinterp.execute.damaged import refuse_damaged
 from fastinterp.execute.jobs.tensor_io import TensorIO
 from fastinterp.execute.sources import Sources, remedy
 from fastinterp.lora.algebra import Array
@@ -37,6 +38,8 @@ class TensorReader:
     def __init__(
         self, models: Iterable[Model], inputs: Iterable[TensorInput], stack: ExitStack, threads: int | None = None
     ):
+        models = list(models)
+        refuse_damaged(models)
         self._sources = Sources(models, inputs, stack)
         self._options = PumpOptions(isa=cpu_isa(), threads=cpu_threads(threads), prefetch=not self._sources.cached())
 

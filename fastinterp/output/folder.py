@@ -26,6 +26,7 @@ from fastinterp.output.finish import begin_finish, complete, end_finish, place, 
 from fastinterp.output.journal import Busy, Journal, begin, boot, take_over
 from fastinterp.output.leftovers import complete_files, remove, reserved
 from fastinterp.output.names import rank, subfolders
+from fastinterp.output.old_checkpoint import not_of_receipt
 from fastinterp.output.place import Place
 from fastinterp.presence import is_real_folder, is_there
 
@@ -57,6 +58,7 @@ class OutFolder(Place):
               be written again
     mended    what was done about an earlier run, in a line for people; empty: nothing
     removed   after the finish: the files of an old checkpoint that were removed and not replaced
+    replaced  and the files that were replaced, of a checkpoint or not; without those that the receipt there lists
 
     Raises: OutputError, from every method; CheckpointError, from `write`, if the file to copy cannot be read.
     """
@@ -80,6 +82,7 @@ class OutFolder(Place):
         self.resumed = self.finished = False
         self.mended = ""
         self.removed: tuple[str, ...] = ()
+        self.replaced: tuple[str, ...] = ()
         self._force, self._durable, self._needed = force, durable, needed
         self._merge, self._differs, self._earlier = merge, differs, earlier
         self._run: str | None = None  # the number of the run; None: drawn at random
@@ -273,6 +276,7 @@ class OutFolder(Place):
         names = tuple(sorted(self._temps, key=rank))
         try:
             aside = self._replaced(self._temps) if self._force else ()
+            replaced = not_of_receipt(self.path, [n for n in aside if n in self._temps])
             inode = os.lstat(self.path / self.file).st_ino if self.file and not self._is_new() else 0
             sync = self._durable or bool(aside) or bool(inode)
             made = [self.path, *self.path.parents[:-1]] if self.resumed else self._created
@@ -280,6 +284,7 @@ class OutFolder(Place):
         except (OSError, OutputError, UnreadableError) as error:
             raise self._error(f"the output cannot be finished: {_reason(error)}") from error
         self.removed = tuple(n for n in aside if n not in self._temps)
+        self.replaced = replaced
 
     def withdraw(self) -> None:
         """Take back `begin_finish`."""

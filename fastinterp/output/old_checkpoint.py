@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from fastinterp.checkpoint.header import MAX_HEADER
@@ -12,9 +12,9 @@ from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.checkpoint.sidecar_files import is_sidecar
 from fastinterp.checkpoint.strict_json import parse_json
 from fastinterp.errors import CheckpointError, UnreadableError
-from fastinterp.output.receipt import RECEIPT
+from fastinterp.output.receipt import RECEIPT, read_receipt
 from fastinterp.output.stems import is_known
-from fastinterp.presence import info_of, is_folder
+from fastinterp.presence import file_size, info_of, is_file, is_folder
 
 
 def old_checkpoint(root: Path, present: Sequence[str], new: Collection[str]) -> tuple[list[str], list[str]]:
@@ -49,6 +49,21 @@ def old_checkpoint(root: Path, present: Sequence[str], new: Collection[str]) -> 
     # A chat template or vocabulary of the old model would be taken for the new one's.
     sidecars = [n for n in files if is_sidecar(os.path.basename(n)) or n.startswith(f"{TEMPLATES}/") or n == RECEIPT]
     return weights + indexes + (sidecars if indexes or weights else []), strangers
+
+
+def not_of_receipt(root: Path, names: Iterable[str]) -> tuple[str, ...]:
+    """Those of these files that fastinterp did not write there, by name: not in the receipt that is there, or not of
+    the size that it says.
+    """
+    if not is_file(root / RECEIPT):
+        return tuple(sorted(names))
+    try:
+        receipt = read_receipt(str(root / RECEIPT))
+    except CheckpointError:
+        return tuple(sorted(names))
+    own = {name: file.size for name, file in receipt.weights.items()}
+    own |= {name: file.size for name, file in receipt.files.items()}
+    return tuple(sorted(n for n in names if n != RECEIPT and own.get(n, -1) != file_size(root / n)))
 
 
 def _stem(name: str) -> str:

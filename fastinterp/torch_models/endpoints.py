@@ -17,6 +17,7 @@ from fastinterp.backends.cpu import Handle, PumpOptions
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.checkpoint.open import changed_since, refuse_components
 from fastinterp.errors import UsageError
+from fastinterp.execute.damaged import refuse_damaged
 from fastinterp.execute.jobs.tensor_io import TensorStep
 from fastinterp.execute.rounds import PumpExecutor
 from fastinterp.execute.sources import Sources, storage
@@ -150,6 +151,7 @@ class Endpoints:
         checkpoints = [model.checkpoint for model in models if model.checkpoint is not None]
         self._names = names
         reads = [tensor for c in checkpoints for name, tensor in c.tensors.items() if self._wanted(name)]
+        refuse_damaged(checkpoints)
         self.files = Sources(checkpoints, reads, stack)
 
     def _wanted(self, name: str) -> bool:

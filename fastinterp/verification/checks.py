@@ -20,7 +20,7 @@ from fastinterp.errors import CheckpointError
 from fastinterp.execute.checksums import small_file
 from fastinterp.execute.sources import storage
 from fastinterp.execute.torn import holes_in
-from fastinterp.messages import listed
+from fastinterp.messages import counted, listed
 from fastinterp.messages import size as shown_size
 from fastinterp.output.receipt import ReceiptFile, SmallFile, WeightsFile, hexadecimal
 from fastinterp.presence import file_size
@@ -137,10 +137,25 @@ def _check_weights(
     tensors = [f"{part}/{t}" if part else t for t in tensors]
     begin, end = spans[0][0], spans[-1][1]
     what = (
-        f"its data is not what was written: {len(wrong)} of {len(regions)} parts of 64 MiB differ, from byte {begin} "
-        f"to {end}, which hold {listed(tensors, _SHOWN)}"
+        f"its data is not what was written: {len(wrong)} of {counted(len(regions), 'part')} of 64 MiB "
+        f"{'differs' if len(wrong) == 1 else 'differ'}, from byte {begin} to {end}, {_which_hold(tensors)}"
     )
     return [Finding(name, what + _holes(path, start, size), tuple(tensors))]
+
+
+def _which_hold(tensors: Sequence[str]) -> str:
+    return f"which hold {listed(tensors, _SHOWN)}"
+
+
+def narrowed(finding: Finding, tensors: Sequence[str]) -> Finding:
+    """A finding about the data of a file whose tensors were computed again: those are named that differ.
+
+    tensors  of the file, that differ; if there are none, the finding stays
+    """
+    if not tensors or not finding.tensors:
+        return finding
+    what = finding.what.replace(_which_hold(finding.tensors), f"in {listed(tensors, _SHOWN)}")
+    return Finding(finding.file, what, tuple(tensors))
 
 
 def tensors_in(entries: Iterable[Entry], spans: Sequence[tuple[int, int]]) -> list[str]:

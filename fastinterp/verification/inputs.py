@@ -8,9 +8,12 @@ from fastinterp.backends.cpu import Progress
 from fastinterp.checkpoint import remote
 from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.execute.input_files import input_files
-from fastinterp.output.receipt import InputFile, hexadecimal
+from fastinterp.messages import listed
+from fastinterp.output.receipt import InputFile, ReceiptFile, hexadecimal
 from fastinterp.plan.plan import Plan
 from fastinterp.verification.checks import regions_of
+
+_LISTED = 8  # inputs in a message
 
 
 def changed_inputs(
@@ -33,6 +36,40 @@ def changed_inputs(
             if model.checkpoint is not None:
                 found += _whole(model.checkpoint, [f for files in said.values() for f in files], threads, progress)
     return list(dict.fromkeys(found))
+
+
+def which_changed(plan: Plan, receipt: ReceiptFile | None, threads: int | None) -> str:
+    """Which inputs of an output have changed since it was made, as far as the receipt tells; for people.
+
+    Raises: StorageError, if a file cannot be read.
+    """
+    changed = [] if receipt is None else changed_inputs(plan, receipt.inputs, True, threads, None)
+    if changed:
+        return f"an input has changed since: {listed(changed, _LISTED)}"
+    names = _names(plan)
+    if len(names) == 1:
+        return f"the data of an input has changed since: {names[0]}"
+    return f"the data of an input has changed since: one of {listed(names, _LISTED)}, the receipt does not tell which"
+
+
+def about_unknown_data(plan: Plan, receipt: ReceiptFile | None) -> list[str]:
+    """A note about the inputs of whose data the receipt has no checksums; none, if it has all."""
+    said = {} if receipt is None else receipt.inputs
+    names = _names(plan) if not said else [
+        name for name, files in said.items() if any(file.checksum is None for file in files)
+    ]  # fmt: skip
+    if not names:
+        return []
+    what = "sizes, headers and sixteen pages of each file were compared" if said else "nothing of them was compared"
+    return [
+        f"inputs: the receipt has no checksums of the data of {listed(names, _LISTED)}, so {what}. It has them of "
+        "inputs of one file that fastinterp wrote"
+    ]
+
+
+def _names(plan: Plan) -> list[str]:
+    """Of the models, as the receipt has them."""
+    return [plan.shown.model(name) for name in plan.models]
 
 
 def _differs(now: tuple[InputFile, ...], said: tuple[InputFile, ...]) -> str:

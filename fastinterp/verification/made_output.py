@@ -10,10 +10,10 @@ import msgspec
 
 from fastinterp.checkpoint.adapters import ADAPTER_CONFIG
 from fastinterp.checkpoint.file_kinds import read_header
-from fastinterp.checkpoint.journal_file import FINISHING, journal_path, state_of
+from fastinterp.checkpoint.journal_file import FINISHING, begun_of, journal_of, journal_path, state_of
 from fastinterp.checkpoint.names import GGUF, WEIGHTS, quote
 from fastinterp.checkpoint.open import open_checkpoint
-from fastinterp.checkpoint.unfinished import about_unfinished
+from fastinterp.checkpoint.unfinished import about_unfinished, what_ends
 from fastinterp.errors import CheckpointError, UnreadableError, UsageError
 from fastinterp.messages import listed
 from fastinterp.ops.combine import NUMERICS
@@ -139,7 +139,7 @@ def _of_folder(name: str, path: Path) -> MadeOutput:
             raise UsageError(
                 f"{quote(name)} holds several outputs. Name one: {listed([str(p) for p in inside], _SHOWN)}"
             )
-        raise CheckpointError(_NONE, file=name)
+        raise CheckpointError(_unfinished_in(path) or _NONE, file=name)
     checkpoint = open_checkpoint(name)
     return MadeOutput(name, path, "", checkpoint.files, _told(checkpoint.metadata.get(RECEIPT_KEY), name), None)
 
@@ -203,6 +203,20 @@ def _is_output(path: Path) -> bool:
         raise
     except CheckpointError:
         return False
+
+
+def _unfinished_in(folder: Path) -> str:
+    """About outputs in a folder that are not finished, as those of a sweep that was stopped; empty: there are none."""
+    journals: dict[str, Path] = {}
+    for name in names_at(folder):
+        if file := journal_of(name):
+            journals[file] = folder / name
+        elif is_folder(folder / name) and is_file(journal_path(folder / name)):
+            journals[name] = journal_path(folder / name)
+    if not journals:
+        return ""
+    ends = what_ends(begun_of(next(iter(journals.values()))))
+    return f"no output in it is finished ({listed(sorted(journals), _SHOWN)}): if none is being written, {ends}"
 
 
 def _has_weights(folder: Path) -> bool:

@@ -10,7 +10,7 @@ from typing import Annotated
 from fastinterp.checkpoint import hub
 from fastinterp.checkpoint.names import quote, shell_word
 from fastinterp.errors import CheckpointError, UsageError
-from fastinterp.messages import closest, listed
+from fastinterp.messages import closest, listed, plain
 from fastinterp.presence import is_folder
 from fastinterp.urls import is_url
 from fastinterp.verification.made_output import MadeOutput
@@ -47,9 +47,20 @@ def found_models(made: MadeOutput, given: ModelPlaces | None) -> dict[str, str]:
             missing.append(name)
         elif place != name:
             found[name] = place
+    for folder in folders:
+        if not any(_is_there(place) for name in wanted for place in _in(folder, name)):
+            raise UsageError(f"--models {quote(str(folder))}: none of the models is there: {listed(wanted, 8)}")
     if missing:
-        raise CheckpointError(_missing(missing, made), file=made.name)
+        raise CheckpointError(_missing(missing, made, folders), file=made.name)
     return found
+
+
+def elsewhere_lines(places: Mapping[str, str]) -> list[str]:
+    """Lines of a report about the models that were read elsewhere than the receipt says.
+
+    places  as of found_models
+    """
+    return [f"  model {plain(name)}: read from {plain(place)}" for name, place in places.items()]
 
 
 def _split(given: ModelPlaces | None, wanted: Sequence[str]) -> tuple[dict[str, str], list[Path]]:
@@ -95,9 +106,8 @@ def _named(name: str, wanted: Sequence[str]) -> list[str]:
 
 
 def _find(name: str, made: MadeOutput, folders: Sequence[Path]) -> str | None:
-    last = os.path.basename(os.path.normpath(name))
     for folder in folders:
-        for candidate in (folder / name, folder / last):
+        for candidate in _in(folder, name):
             if _is_there(candidate):
                 return str(candidate)
     if _is_there(Path(os.path.expanduser(name))):
@@ -112,6 +122,11 @@ def _find(name: str, made: MadeOutput, folders: Sequence[Path]) -> str | None:
     return name if "/" in name and not made.told.private and hub.parse(name) is not None else None
 
 
+def _in(folder: Path, name: str) -> tuple[Path, Path]:
+    """Where a model may be in a folder that has several."""
+    return folder / name, folder / os.path.basename(os.path.normpath(name))
+
+
 def _is_there(path: Path) -> bool:
     try:
         return path.exists()
@@ -121,7 +136,7 @@ def _is_there(path: Path) -> bool:
 
 def _near(name: str, made: MadeOutput) -> Iterator[Path]:
     """Places near an output where a model of this name may be: folders above it, and folders in these."""
-    for root in [*Path(os.path.realpath(made.path)).parents][:_ABOVE]:
+    for root in _above(made):
         yield root / name
         try:
             inside = sorted(os.listdir(root))[:_MOST]
@@ -132,7 +147,12 @@ def _near(name: str, made: MadeOutput) -> Iterator[Path]:
                 yield root / one / name
 
 
-def _missing(missing: Sequence[str], made: MadeOutput) -> str:
+def _above(made: MadeOutput) -> list[Path]:
+    """The folders above an output that are searched."""
+    return [*Path(os.path.realpath(made.path)).parents][:_ABOVE]
+
+
+def _missing(missing: Sequence[str], made: MadeOutput, folders: Sequence[Path]) -> str:
     places = " ".join(f"--models {shell_word(name)}=PATH" for name in missing[:4])
     if made.told.private:
         names = listed(missing, 8)
@@ -143,5 +163,18 @@ def _missing(missing: Sequence[str], made: MadeOutput) -> str:
     what = f"the model {quote(missing[0])} is" if len(missing) == 1 else f"the models {listed(missing, 8)} are"
     return (
         f"{what} neither here nor near the output. Say where: {places}, or --models FOLDER for a folder that has "
-        f"{'it' if len(missing) == 1 else 'them'} (in Python models=...)"
+        f"{'it' if len(missing) == 1 else 'them'} (in Python models=...). Looked at: {_places(missing, made, folders)}"
     )
+
+
+def looked_at(made: MadeOutput, given: ModelPlaces | None, name: str) -> str:
+    """The places where a model was looked for, for people. given: as of found_models"""
+    _, folders = _split(given, named_paths(made.told, made.name))
+    return _places([name], made, folders)
+
+
+def _places(missing: Sequence[str], made: MadeOutput, folders: Sequence[Path]) -> str:
+    """The places where models were looked for."""
+    here = [os.path.abspath(os.path.expanduser(name)) for name in missing if not is_url(name)]
+    places = [*map(str, folders), *here[:4], *map(str, _above(made))]
+    return f"{', '.join(quote(place) for place in dict.fromkeys(places))}, and the folders in the latter"

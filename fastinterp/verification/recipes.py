@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,10 +24,11 @@ def named_paths(told: Told, name: str) -> list[str]:
     return used_paths(_recipes(told, {}, name))
 
 
-def plan_again(made: MadeOutput, places: Mapping[str, str]) -> Plan:
+def plan_again(made: MadeOutput, places: Mapping[str, str], looked_at: Callable[[str], str]) -> Plan:
     """The plan of the merge that made an output.
 
-    places  path in the receipt -> where that is now
+    places     path in the receipt -> where that is now
+    looked_at  tells where a path was looked for, for people
     Raises: what make_plan does; CheckpointError, if the receipt is damaged.
     """
     told = made.told
@@ -39,7 +40,8 @@ def plan_again(made: MadeOutput, places: Mapping[str, str]) -> Plan:
         if known or error.file not in used_paths(recipes) or os.path.exists(error.file):
             raise
         where = f"If it is a folder or a file, say where it is: --models {shell_word(error.file)}=PATH"
-        raise CheckpointError(f"{error.message.rstrip('. ')}. {where}", file=error.file) from None
+        looked = f"Looked at: {looked_at(error.file)}"
+        raise CheckpointError(f"{error.message.rstrip('. ')}. {where}. {looked}", file=error.file) from None
 
 
 def _plan(made: MadeOutput, recipes: Sequence[Recipe]) -> Plan:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec import structs
 
 from fastinterp.arguments import path_of, size_of
 from fastinterp.backends.cpu import Progress
@@ -20,7 +21,7 @@ from fastinterp.errors import CheckpointError, FastinterpError, UsageError
 from fastinterp.execute.checksums import small_file
 from fastinterp.execute.report import Report
 from fastinterp.execute.to_files import write_outputs
-from fastinterp.messages import listed
+from fastinterp.messages import listed, plain
 from fastinterp.methods import Method, given
 from fastinterp.output.address import uploads
 from fastinterp.output.receipt import RECEIPT
@@ -28,8 +29,9 @@ from fastinterp.plan.given_sums import with_sums
 from fastinterp.presence import file_size
 from fastinterp.progress import callback_of
 from fastinterp.recipe.load import Recipe
+from fastinterp.verification.inputs import which_changed
 from fastinterp.verification.made_output import MadeOutput, open_output, refuse_numerics
-from fastinterp.verification.models import ModelPlaces, found_models
+from fastinterp.verification.models import ModelPlaces, elsewhere_lines, found_models, looked_at
 from fastinterp.verification.recipes import plan_again
 
 
@@ -38,10 +40,14 @@ class Replay(msgspec.Struct, frozen=True):
 
     report       of the merge
     differences  files of the new output whose bytes are not those of the receipt, relative to its folder
+    changed      which inputs have changed since, for people, if weights differ
+    models       name in the receipt -> where the model was read, of those that were read elsewhere than it says
     """
 
     report: Report
     differences: tuple[str, ...] = ()
+    changed: str = ""
+    models: dict[str, str] = {}
 
     @property
     def same(self) -> bool:
@@ -55,18 +61,26 @@ class Replay(msgspec.Struct, frozen=True):
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as --json prints them."""
-        return {"same": self.same, "differences": list(self.differences), "report": self.report.as_dict()}
+        return {
+            "same": self.same, "differences": list(self.differences), "changed": self.changed, "models": self.models,
+            "report": self.report.as_dict(),
+        }  # fmt: skip
 
     def summary(self) -> str:
         """The report in a few lines of text, and whether the bytes are those of the receipt."""
+        report = "\n".join([self.report.summary(), *elsewhere_lines(self.models)])
         if self.same:
-            return f"{self.report.summary()}\n  the checksums are those of the receipt"
-        weights = [name for name in self.differences if name.endswith((WEIGHTS, GGUF))]
-        if weights:
-            what = f"different from the receipt, because an input has changed since: {listed(weights, 5)}"
+            return f"{report}\n  the checksums are those of the receipt"
+        if weights := self._weights:
+            what = f"different from the receipt: {listed(weights, 5)}, because {plain(self.changed)}"
         else:
             what = f"the weights are those of the receipt, but not all other files: {listed(self.differences, 5)}"
-        return f"{self.report.summary()}\n  {what}"
+        return f"{report}\n  {what}"
+
+    @property
+    def _weights(self) -> list[str]:
+        """The files of weights among the differences."""
+        return [name for name in self.differences if name.endswith((WEIGHTS, GGUF))]
 
     def __str__(self) -> str:
         return self.summary()
@@ -104,7 +118,8 @@ def replay(
             kind = f"one file: give a name that ends in {quote(made.ending)}" if made.ending else "a folder: name one"
             raise UsageError(f"{quote(source)} is {kind}. Got {quote(target)}")
         refuse_numerics(made.told, made.name)
-        plan = plan_again(made, found_models(made, models))
+        places = found_models(made, models)
+        plan = plan_again(made, places, partial(looked_at, made, models))
         if made.receipt is not None:
             plan = with_sums(plan, made.receipt.coefficients, str(made.folder / RECEIPT))
         edit_files = partial(_as_listed, made) if made.receipt is not None else None
@@ -113,7 +128,10 @@ def replay(
             durable=durable, progress=callback_of(progress), edit_files=edit_files,
         )  # fmt: skip
     try:
-        return Replay(report, _differences(made, open_output(target)))
+        result = Replay(report, _differences(made, open_output(target)), models=places)
+        if result._weights:
+            result = structs.replace(result, changed=which_changed(plan, made.receipt, threads))
+        return result
     except FastinterpError as error:
         error.outcome = "the output is complete, but is not compared with the receipt"  # type: ignore[attr-defined]
         raise

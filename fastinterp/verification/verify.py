@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fastinterp._version import __version__
@@ -20,11 +21,12 @@ from fastinterp.methods import Method, given
 from fastinterp.output.receipt import RECEIPT
 from fastinterp.plan.given_sums import with_sums
 from fastinterp.plan.plan import Plan
+from fastinterp.presence import names_at
 from fastinterp.progress import callback_of
-from fastinterp.verification.checks import Checked, Finding, check_files, check_stated
-from fastinterp.verification.inputs import changed_inputs
+from fastinterp.verification.checks import Checked, Finding, check_files, check_stated, narrowed
+from fastinterp.verification.inputs import about_unknown_data, changed_inputs, which_changed
 from fastinterp.verification.made_output import MadeOutput, open_output, refuse_numerics
-from fastinterp.verification.models import ModelPlaces, found_models
+from fastinterp.verification.models import ModelPlaces, elsewhere_lines, found_models, looked_at
 from fastinterp.verification.pieces import Piece, pieces_of, sampled, whole_pieces
 from fastinterp.verification.recipes import plan_again
 from fastinterp.verification.recompute import Difference, Place, differences
@@ -46,6 +48,8 @@ class Verification:
     recomputed   bytes of the output that were computed again
     tensors      number of tensors that these belong to
     of           bytes of all tensors
+    models       name in the receipt -> where the model was read, of those that were read elsewhere than it says
+    receipt      whether the other files, too, could be compared: not, if a folder has no fastinterp_receipt.json
     unverified   why it was not computed again; empty, if it was, or was not asked for
     notes        for people
     wall_s       time that it took, seconds
@@ -59,6 +63,8 @@ class Verification:
     recomputed: int = 0
     tensors: int = 0
     of: int = 0
+    models: dict[str, str] = field(default_factory=dict)
+    receipt: bool = True
     unverified: str = ""
     notes: tuple[str, ...] = ()
     wall_s: float = field(default=0.0, compare=False)
@@ -93,6 +99,7 @@ class Verification:
         left = len(self.findings[_LISTED:]) + len(self.differences[_LISTED:])
         lines += [f"  and {left} more"] if left else []
         lines += [f"  not computed again: {plain(self.unverified)}"] if self.unverified else []
+        lines += elsewhere_lines(self.models)
         return "\n".join([*lines, *(f"  note: {plain(note)}" for note in self.notes)])
 
     def _verdict(self) -> str:
@@ -106,11 +113,14 @@ class Verification:
         if self.findings:
             return f"different: {counted(len(self.findings), 'file')} of {checked}, not as written"
         if self.differences:
-            first = f"{counted(len(self.differences), 'tensor')} differ from what the recipe gives"
-            return f"different: {first}; {again}; the checksums of {checked}, are those of the receipt"
+            differ = "differs" if len(self.differences) == 1 else "differ"
+            first = f"{counted(len(self.differences), 'tensor')} {differ} from what the recipe gives"
+            return f"different: {first}; {again}; the checksums of {checked}, are as they were written"
         if self.recomputed:
-            return f"the same bytes: checksums of {checked}; {again}; {seconds(self.wall_s)}"
-        return f"checksums of {checked}, are those of the receipt; {seconds(self.wall_s)}"
+            same = "the same bytes" if self.receipt else "the same bytes of weights"
+            return f"{same}: checksums of {checked}; {again}; {seconds(self.wall_s)}"
+        of = "the receipt" if self.receipt else "their headers"
+        return f"checksums of {checked}, are those of {of}; {seconds(self.wall_s)}"
 
 
 def _percent(share: float) -> str:
@@ -118,6 +128,8 @@ def _percent(share: float) -> str:
 
 
 def _described(one: Difference) -> str:
+    if one.elements == 1:
+        return f"{one.tensor}: 1 of {one.compared} elements that were compared differs, number {one.element}"
     return f"{one.tensor}: {one.elements} of {one.compared} elements that were compared differ, first {one.element}"
 
 
@@ -187,12 +199,19 @@ def _recompute(
     progress: Progress | None,
 ) -> Verification:
     """The result: what was checked, and what is computed again."""
-    result = Verification(made.name, checked.findings, files=checked.weights + checked.others, nbytes=checked.nbytes)
+    alone, no_receipt = _without_receipt(made)
+    result = Verification(
+        made.name, checked.findings, files=checked.weights + checked.others, nbytes=checked.nbytes, receipt=not alone,
+        notes=no_receipt,
+    )  # fmt: skip
     if not fraction and not inputs:
         return result
     try:
         refuse_numerics(made.told, made.name)
-        plan = plan_again(made, found_models(made, models))
+        places = found_models(made, models)
+        result = _with(result, models=places)
+        plan = plan_again(made, places, partial(looked_at, made, models))
+        result = _with(result, notes=(*result.notes, *(about_unknown_data(plan, made.receipt) if inputs else ())))
         changed = [] if made.receipt is None else changed_inputs(plan, made.receipt.inputs, inputs, threads, progress)
     except (CheckpointError, ShapeError, StorageError) as error:
         return _with(result, unverified=str(error))
@@ -203,32 +222,43 @@ def _recompute(
     file = str(made.folder / RECEIPT)
     if not full and made.receipt is not None:
         plan = with_sums(plan, made.receipt.coefficients, file)
-    places, headers, notes = _places(plan, made)
-    pieces = [piece for piece in _pieces(plan, checked, fraction) if piece.names <= places.keys()]
+    where, headers, notes = _places(plan, made)
+    notes = (*result.notes, *notes)
+    pieces = [piece for piece in _pieces(plan, checked, fraction) if piece.names <= where.keys()]
     known = {finding.file for finding in checked.findings}
     headers = [finding for finding in headers if finding.file not in known]
     if not pieces:
         return _with(result, findings=(*checked.findings, *headers), notes=notes)
     try:
         found = differences(
-            plan, pieces, places, made.folder, threads=threads, max_memory=max_memory, progress=progress
+            plan, pieces, where, made.folder, threads=threads, max_memory=max_memory, progress=progress
         )  # fmt: skip
     except (CheckpointError, ShapeError, StorageError) as error:
         return _with(result, unverified=str(error), notes=notes)
     if found and not checked.findings:
-        notes = (*notes, _why(made))
+        notes = (*notes, _why(made, plan, threads))
+    own = [narrowed(finding, [d.tensor for d in found if d.file == finding.file]) for finding in checked.findings]
     return _with(
-        result, findings=(*checked.findings, *headers), differences=tuple(found), notes=notes,
+        result, findings=(*own, *headers), differences=tuple(found), notes=notes,
         recomputed=sum(piece.nbytes for piece in pieces), tensors=len({piece.of.name for piece in pieces}),
         of=sum(t.nbytes for t in plan.tensors),
     )  # fmt: skip
 
 
-def _why(made: MadeOutput) -> str:
+def _without_receipt(made: MadeOutput) -> tuple[bool, tuple[str, ...]]:
+    """Whether an output is a folder without the file of its receipt, and a note that says so."""
+    if made.receipt is not None or made.file:
+        return False, ()
+    others = sorted({n for n in names_at(made.folder) if not n.startswith(".")} - {path.name for path in made.weights})
+    what = f", and not the files beside them: {listed(others, _LISTED)}" if others else ""
+    return True, (f"{RECEIPT} is missing, so only the weights were compared, with what their headers say{what}",)
+
+
+def _why(made: MadeOutput, plan: Plan, threads: int | None) -> str:
     """What it means that data is as it was written, and not what the recipe gives."""
     version = "" if made.told.fastinterp == __version__ else f", or version {made.told.fastinterp} computed otherwise"
     return (
-        f"the files are as they were written, so the data of an input has changed since{version}: "
+        f"the files are as they were written, so {which_changed(plan, made.receipt, threads)}{version}: "
         "`fastinterp replay` makes the output of the inputs as they are now"
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from unittest.mock import Mock
 
 import click
 import numpy as np
@@ -12,10 +13,12 @@ import pytest
 from click import testing
 from click.testing import CliRunner
 
+from fastinterp.checkpoint.journal_file import journal_path
 from fastinterp.cli import commands, progress
 from fastinterp.cli.info import example
 from fastinterp.messages import fit, seconds, size, table
 from fastinterp.methods import find, names
+from fastinterp.output.journal import begin
 from fastinterp.recipe.load import load_recipe
 from tests.support.models import bf16, layers, load, save
 
@@ -185,6 +188,39 @@ def test_force_replaces_a_checkpoint(models):
     assert (models / "out" / "model.safetensors.index.json").exists()
     assert "removed from the replaced checkpoint: " in run("merge", "recipe.yml", "out", "--force")
     assert [p.name for p in (models / "out").glob("model*")] == ["model.safetensors"]
+
+
+def test_an_interrupt_before_the_output_is_looked_at_tells_what_is_kept(models, monkeypatch):
+    """The journal that an earlier run left is as it was."""
+    (models / "out").mkdir()
+    begin(journal_path(models / "out")).close()
+    before = journal_path(models / "out").read_bytes()
+    monkeypatch.setattr("fastinterp.api.merge_documents", Mock(side_effect=KeyboardInterrupt))
+    done = CliRunner().invoke(commands, ["merge", "recipe.yml", "out"])
+    assert "interrupted; nothing was written; the unfinished output of an earlier run is kept" in done.stderr
+    assert journal_path(models / "out").read_bytes() == before
+
+
+def test_force_names_the_files_that_it_replaces(models):
+    """In a folder that is no checkpoint: the user's own. Not those that a merge wrote there."""
+    (models / "out").mkdir()
+    for name in ("README.md", "notes.txt"):
+        (models / "out" / name).write_text("mine")
+    text = run("merge", "recipe.yml", "out", "--force")
+    assert "  replaced, and not of a merge: README.md\n" in text
+    assert (models / "out" / "notes.txt").read_text() == "mine"
+    assert "replaced, and not" not in run("merge", "recipe.yml", "out", "--force")
+    (models / "out" / "README.md").write_text("mine")
+    assert json.loads(run("merge", "recipe.yml", "out", "--force", "--json"))["replaced"] == ["README.md"]
+
+
+def test_inspect_shows_the_whole_of_what_a_receipt_says_in_words(models):
+    (models / "ties.yml").write_text(RECIPE.replace("task_arithmetic", "ties").replace("weight: 0}", "weight: 1}"))
+    run("merge", "ties.yml", "out")
+    whole = json.loads(run("inspect", "out", "--json"))["receipt"]["coefficients"]
+    assert whole == "left out: they come from the data, or differ by element. The recipe gives them again"
+    words = " ".join(run("inspect", "out").split())
+    assert f" coefficients: {whole} dtype: null " in words
 
 
 def test_options_reach_the_merge(models):

@@ -357,6 +357,24 @@ def test_a_pattern_matches_nothing_but_what_is_left(tmp_path):
     assert [path.name for path in (tmp_path / "a b").iterdir()] == ["alpha_7"]
 
 
+@pytest.mark.parametrize("case", ["shards", "one file", "interpolate"], indirect=True)
+@pytest.mark.parametrize("stop", STOPS)
+def test_what_an_earlier_run_left_is_kept_at_once(case, stop):
+    """However soon the run that goes on with it is interrupted, or refused for its options."""
+    assert case.run("killed", KILL="SIGKILL:3").returncode == -signal.SIGKILL
+    done = case.run("killed", KILL=f"{stop}:-1")
+    assert done.returncode == 128 + signal.Signals[stop]
+    message, _, _ = error_of(done).partition(" To throw it away: ")
+    assert re.fullmatch(r"interrupted; \d+ % is kept: run the same command again to go on\.", message), message
+    done = case.run("killed", "--max-memory", "1000", "--threads", "2")
+    assert done.returncode == 2
+    assert re.search(r"; \d+ % is kept\. To throw it away: rm -r ", error_of(done)), done.stderr
+    done = case.run("killed")
+    assert done.returncode == 0 and shares(done.stderr)[0] > 0
+    assert case.outputs("killed") == case.files
+    assert reports(done.stdout, "killed") == case.report
+
+
 @pytest.mark.parametrize("case", ["shards"], indirect=True)
 def test_an_older_checkpoint_outlives_a_run_that_is_left(case):
     """It is not removed with what is left, and replaced when the run is resumed."""

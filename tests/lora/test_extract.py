@@ -421,6 +421,9 @@ def test_command(tmp_path):
     assert again.exit_code == 4 and "--force" in again.stderr
     as_json = run(tuned, "--base", base, "--rank", "8", "--energy", "0.5", "-o", out, "--force", "--json")
     made = json.loads(as_json.stdout)
+    assert made["replaced"] == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    text = run(tuned, "--base", base, "--rank", "8", "-o", out, "--force").stdout
+    assert "\n  replaced: README.md, adapter_config.json, adapter_model.safetensors\n" in text
     assert made["modules"].keys() == set(WEIGHTS) and all(0.5 <= m["energy"] <= 1 for m in made["modules"].values())
     quiet = run(tuned, "--base", base, "--rank", "8", "-o", out, "--force", "--quiet", "--no-modules-to-save")
     assert quiet.stdout == "" and "not in the adapter" in quiet.stderr

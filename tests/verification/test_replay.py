@@ -83,7 +83,8 @@ def test_relative_names_that_lead_nowhere(tmp_path, monkeypatch):
     recipe = recipe_of("linear", [Path("models/base"), Path("models/ft1")])
     fastinterp.merge(recipe, tmp_path / "a" / "b" / "c" / "out")
     shutil.move(tmp_path / "models", tmp_path / "x")
-    with pytest.raises(CheckpointError, match=r"^models/base: .*say where it is: --models models/base=PATH$"):
+    said = r"say where it is: --models models/base=PATH\. Looked at: "
+    with pytest.raises(CheckpointError, match=rf"^models/base: .*{said}`.*/models/base`, `.*/a/b/c`, "):
         fastinterp.replay("a/b/c/out", tmp_path / "again")
     monkeypatch.chdir("/")
     places = [f"models/{name}={tmp_path / 'x' / name}" for name in ("base", "ft1")]
@@ -166,7 +167,44 @@ def test_a_changed_input_is_told(tmp_path):
     assert not result.same
     assert result.exit_code == 1
     assert result.differences == ("model.safetensors",)
-    assert "different from the receipt, because an input has changed since: model.safetensors" in result.summary()
+    said = [f"{name}: the data of model.safetensors is not what was read" for name in ("base", "ft1")]
+    assert result.changed == f"an input has changed since: {', '.join(said)}"
+    assert f"different from the receipt: model.safetensors, because {result.changed}" in result.summary()
+    fastinterp.merge(recipe_of("linear", paths), tmp_path / "new")
+    saved_in(tmp_path / "other", related(2))
+    shutil.copy(tmp_path / "other" / "ft1" / "model.safetensors", paths[1])
+    result = fastinterp.replay(tmp_path / "new", tmp_path / "third")
+    assert result.changed == f"an input has changed since: {said[1]}"
+    fastinterp.merge(recipe_of("linear", paths), tmp_path / "a.safetensors")  # its header has nothing of the inputs
+    saved_in(tmp_path / "models", related(2, seed=9))
+    result = fastinterp.replay(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert "has changed since: one of base, ft1, the receipt does not tell which" in result.summary()
+
+
+def test_models_that_were_read_elsewhere_are_named(tmp_path, monkeypatch):
+    """Other copies, near the output or in a folder that is given; a folder without any of them is refused."""
+    _, tuned = saved_in(tmp_path / "models", related(2))
+    monkeypatch.chdir(tmp_path)
+    fastinterp.merge(recipe_of("linear", ["models/base", "models/ft1"]), "out")
+    assert (fastinterp.replay("out", "again").models, fastinterp.verify("out").models) == ({}, {})
+    (tmp_path / "store").mkdir()
+    tuned.rename(tmp_path / "store" / "ft1")
+    with pytest.raises(UsageError, match=r"--models `none`: none of the models is there: models/base, models/ft1"):
+        (tmp_path / "none").mkdir()
+        fastinterp.verify("out", models="none")
+    result = fastinterp.verify("out", models="store")
+    assert result.ok
+    assert result.models == result.as_dict()["models"] == {"models/ft1": "store/ft1"}
+    assert "\n  model models/ft1: read from store/ft1" in result.summary()
+    again = fastinterp.replay("out", "third", models={"models/ft1": "store/ft1"})
+    assert again.as_dict()["models"] == {"models/ft1": "store/ft1"}
+    assert "\n  model models/ft1: read from store/ft1\n" in again.summary()
+    (tmp_path / "store" / "ft1").rename(tuned)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "models").rename(tmp_path / "sub" / "models")
+    result = fastinterp.verify("out")
+    assert result.ok
+    assert result.models == {f"models/{n}": str(tmp_path / "sub" / "models" / n) for n in ("base", "ft1")}
 
 
 def test_the_copy_of_the_recipe_that_mergekit_writes(tmp_path, monkeypatch):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -85,7 +87,7 @@ def test_a_sparse_copy_whose_zeros_are_true(tmp_path):
 
 
 def test_damage_without_holes(tmp_path):
-    """inspect and check compare a part of the data with its checksums; of a small file, all of it."""
+    """What reads weights compares a part of the data with its checksums; of a small file, all of it."""
     paths = saved_in(tmp_path / "models", related(2))
     for out in (tmp_path / "out", tmp_path / "out.safetensors"):
         fastinterp.merge(recipe_of("linear", paths), out)
@@ -96,7 +98,46 @@ def test_damage_without_holes(tmp_path):
         code, text = run("inspect", out)
         assert code == 3
         assert "its data is not what was written" in text
-        assert fastinterp.check(recipe_of("linear", [out, paths[1]])).exit_code == 3
+        recipe = recipe_of("linear", [out, paths[1]])
+        (tmp_path / "recipe.yml").write_text(json.dumps(recipe))
+        assert fastinterp.check(recipe).exit_code == 3
+        new = tmp_path / f"new{out.suffix}"
+        for command in (
+            ["check", tmp_path / "recipe.yml"], ["merge", tmp_path / "recipe.yml", new],
+            ["interpolate", out, paths[1], new, "--alpha", "0.5"], ["average", out, paths[1], "--in-order", "-o", new],
+            ["sweep", out, paths[1], "--alphas", "0.5", "-o", tmp_path / "new"], ["diff", paths[1], out],
+            ["extract-lora", out, "--base", paths[1], "--rank", "2", "-o", tmp_path / "new"],
+        ):  # fmt: skip
+            code, text = run(*command)
+            assert (code, "its data is not what was written" in " ".join(text.split())) == (3, True), (command, text)
+        assert not new.exists()
+
+
+def test_damaged_adapters(tmp_path):
+    """Their headers state checksums, too; they are made again from what they were made of."""
+    paths = saved_in(tmp_path / "models", related(2))
+    adapter = tmp_path / "adapter"
+    fastinterp.extract_lora(paths[1], base=paths[0], out=adapter, rank=2)
+    shutil.copytree(adapter, tmp_path / "other")
+    file = adapter / "adapter_model.safetensors"
+    adapted = f"{paths[0]}+{adapter}"
+    assert run("inspect", adapted)[0] == run("diff", paths[0], adapted)[0] == 0
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    (tmp_path / "r.yml").write_text(json.dumps(recipe_of("linear", [adapted, str(paths[0])])))
+    recipe = recipe_of("linear", [adapter, tmp_path / "other"], out="lora")
+    (tmp_path / "lora.yml").write_text(json.dumps(recipe))
+    for command in (
+        ["inspect", adapter], ["inspect", adapted], ["diff", paths[0], adapted], ["check", tmp_path / "r.yml"],
+        ["merge", tmp_path / "r.yml", tmp_path / "new"], ["check", tmp_path / "lora.yml"],
+        ["merge", tmp_path / "lora.yml", tmp_path / "new"],
+    ):  # fmt: skip
+        code, text = run(*command)
+        text = " ".join(text.split())
+        assert code == 3, (command, text)
+        assert "have another checksum than its header says. Copy it again, or make it again as it was made" in text
+    assert not (tmp_path / "new").exists()
 
 
 def test_other_models_may_have_holes(tmp_path):

@@ -13,9 +13,11 @@ from click.testing import CliRunner
 
 import fastinterp
 from fastinterp.checkpoint.file_kinds import read_header
+from fastinterp.checkpoint.journal_file import journal_path
 from fastinterp.cli import commands
 from fastinterp.errors import CheckpointError, UsageError
 from fastinterp.methods import names
+from fastinterp.output.journal import begin
 from fastinterp.output.receipt import RECEIPT
 from tests.support.hub_server import hub_server, in_this_process
 from tests.support.merged import recipe_of, related, saved_in, tree
@@ -88,7 +90,8 @@ def test_the_first_difference_is_named(tmp_path):
     code, text = run(tmp_path / "out")
     assert code == 1
     assert "different: 1 file of" in text
-    assert "model.safetensors: its data is not what was written: 1 of 1 parts of 64 MiB differ" in text
+    assert "model.safetensors: its data is not what was written: 1 of 1 part of 64 MiB differs" in text
+    assert "which hold" not in text and f", in {tensor}\n" in text
     assert f"model.safetensors: {tensor}: 2 of 1536 elements that were compared differ, first 7" in text
     code, text = run(tmp_path / "out", "--json")
     found = json.loads(text)
@@ -148,6 +151,7 @@ def test_missing_and_changed_inputs(tmp_path):
     assert "not computed again: " in text
     assert "the model `ft1` is neither here nor near the output. Say where: --models ft1=PATH" in text
     assert run(out, "--sample", "0")[0] == 0  # checksums alone
+    assert f"Looked at: `{Path('ft1').absolute()}`, `{place}`, `{place.parent}`, " in text
     code, text = run(out, "--models", f"ft1={tmp_path / 'elsewhere'}")
     assert code == 0, text
     (tmp_path / "elsewhere").rename(paths[1])
@@ -169,7 +173,52 @@ def test_an_input_that_changed_unseen(tmp_path):
     assert result.exit_code == 1
     assert not result.findings
     assert [(d.tensor, d.element) for d in result.differences] == [("model.embed_tokens.weight", 25_000)]
-    assert "the files are as they were written, so the data of an input has changed since" in result.summary()
+    assert "so the data of an input has changed since: one of base, ft1, the receipt does not tell" in result.summary()
+    assert "different: 1 tensor differs from what the recipe gives" in result.summary()
+
+
+def test_an_output_without_the_file_of_its_receipt(tmp_path):
+    """Its weights can be compared; it is told that the other files cannot."""
+    paths = saved_in(tmp_path / "models", related(2))
+    (paths[0] / "config.json").write_text("{}")
+    out = tmp_path / "out"
+    fastinterp.merge(recipe_of("linear", paths), out)
+    (out / RECEIPT).unlink()
+    (out / "config.json").write_text('{"changed": 1}')
+    code, text = run(out)
+    assert code == 0
+    assert "the same bytes of weights: " in text
+    assert f"note: {RECEIPT} is missing, so only the weights were compared, with what their headers say, and" in text
+    assert "and not the files beside them: README.md, config.json\n" in text
+    assert json.loads(run(out, "--json")[1])["receipt"] is False
+    code, text = run(out, "--sample", "0")
+    assert "are those of their headers" in text and "is missing" in text
+    fastinterp.merge(recipe_of("linear", paths), tmp_path / "out.safetensors")
+    assert "is missing" not in run(tmp_path / "out.safetensors")[1]
+
+
+def test_checksums_of_inputs_that_there_are_not(tmp_path):
+    """`--inputs` says of which models it could compare nothing more."""
+    base, first, second = saved_in(tmp_path / "models", related(3))
+    fastinterp.merge(recipe_of("linear", [base, first]), tmp_path / "mix")
+    fastinterp.merge(recipe_of("linear", [tmp_path / "mix", second]), tmp_path / "out")
+    note = "note: inputs: the receipt has no checksums of the data of "
+    text = run(tmp_path / "mix", "--full", "--inputs")[1]
+    assert f"{note}base, ft1, so sizes, headers and sixteen pages of each file were compared" in text
+    assert f"{note}ft2, so sizes" in run(tmp_path / "out", "--inputs")[1]
+    assert note not in run(tmp_path / "out")[1]
+    fastinterp.merge(recipe_of("linear", [base, first]), tmp_path / "a.safetensors")
+    assert f"{note}base, ft1, so nothing of them was compared" in run(tmp_path / "a.safetensors", "--inputs")[1]
+
+
+def test_outputs_that_are_not_finished(tmp_path):
+    """A folder of them, as a sweep leaves that is killed."""
+    for name in ("alpha_0", "alpha_1"):
+        (tmp_path / "sweep" / name).mkdir(parents=True)
+        begin(journal_path(tmp_path / "sweep" / name)).close()
+    code, text = run(tmp_path / "sweep")
+    assert code == 3
+    assert "no output in it is finished (alpha_0, alpha_1): if none is being written, run what wrote it once" in text
 
 
 def test_inputs_that_are_outputs_have_checksums(tmp_path):

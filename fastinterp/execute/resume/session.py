@@ -23,6 +23,7 @@ from fastinterp.plan.plan import Plan
 
 IDENTITY, ROUND = "identity", "round"  # kinds of records
 _NAMED = 4  # paths of a folder that are named one by one
+GO_ON = ": run the same command again to go on"
 KEPT_S = 10.0  # seconds of work, from which on an interrupted run leaves its output to be resumed
 
 
@@ -54,7 +55,7 @@ class Session:
                 f"{first.name}: what a run noted of it does not fit it: {error}. To throw it away: "
                 f"`rm -r {removal(first.left())}`"
             ) from None
-        self._noted = bool(rounds)
+        self._noted = self._earlier = bool(rounds)
         self.before = rounds[-1].seconds if rounds else 0.0
         self._start = time.monotonic()
         self.warnings: list[str] = []
@@ -68,7 +69,7 @@ class Session:
     def forget(self) -> None:
         """Keep nothing: the outputs are written anew."""
         self._kept = [Kept() for _ in self._plans]
-        self.before, self._noted = 0.0, False
+        self.before, self._noted, self._earlier = 0.0, False, False
         self._count()
 
     def verify(self, files: Sequence[Sequence[Path]], every: bool) -> None:
@@ -109,17 +110,20 @@ class Session:
         return results
 
     def leave(self, folders: Sequence[OutFolder], error: BaseException) -> None:
-        """Leave the outputs to be resumed after an error, if enough work would be lost otherwise, and note that in the
-        error. Not, if they cannot be resumed: inputs have changed, say.
+        """Leave the outputs to be resumed after an error, if enough work would be lost otherwise, or an earlier process
+        had left any, and note that in the error. Not, if they cannot be resumed: inputs have changed, say.
         """
-        if not self._noted or self._seconds() < KEPT_S or isinstance(error, (CheckpointError, UsageError)):
+        if not self._noted or isinstance(error, CheckpointError):
+            return
+        wrong = isinstance(error, UsageError)  # options, which the same command would have again
+        if not self._earlier and (wrong or self._seconds() < KEPT_S):
             return
         for folder in folders:
             folder.leave()
         remove = removal([path for folder in folders for path in folder.left()])
         error.outcome = (  # type: ignore[attr-defined]
-            f"{int(100 * self._finished / self._total)} % is kept: run the same command again to go on. To throw it "
-            f"away: rm -r {remove}"
+            f"{int(100 * self._finished / self._total)} % is kept{'' if wrong else GO_ON}. To throw it away: "
+            f"rm -r {remove}"
         )
 
     def _seconds(self) -> float:
