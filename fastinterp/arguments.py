@@ -41,7 +41,10 @@ def without_recipe(function: F) -> F:
     """Decorator of a public function that takes no recipe: where an error names a key of recipes that the function has
     as an argument, it names the argument: `integers=MODEL` for `integers: MODEL`.
     """
-    code = function.__code__
+    plain: Any = function
+    while hasattr(plain, "__wrapped__"):  # by another decorator
+        plain = plain.__wrapped__
+    code = plain.__code__
     names = frozenset(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
 
     def spell(key: str, value: str) -> str | None:

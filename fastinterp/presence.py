@@ -51,10 +51,13 @@ def is_link(path: Name) -> bool:
 
 
 def walk(folder: Name) -> Iterator[tuple[str, list[str], list[str]]]:
-    """As os.walk, which passes over folders that cannot be listed. Raises: OSError."""
+    """As os.walk, which passes over folders that cannot be listed: here only over those that are not there. Raises:
+    OSError.
+    """
 
     def failed(error: OSError) -> None:
-        raise error
+        if not isinstance(error, FileNotFoundError):
+            raise error
 
     return os.walk(folder, onerror=failed)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from fastinterp.errors import UsageError
+from fastinterp.presence import exists
 
 # Protocols that people mean by `s3:/bucket` or `S3//bucket`; fsspec knows more.
 SCHEMES = (
@@ -58,7 +59,7 @@ def path_of_file(url: str) -> str | None:
         return path
     here = os.path.expanduser(path)
     rooted = f"/{path}"
-    meant = rooted if os.path.exists(rooted) and not os.path.exists(here) else os.path.abspath(here)
+    meant = rooted if exists(rooted) and not exists(here) else os.path.abspath(here)
     plain = rooted if meant == rooted else path
     raise UsageError(
         f"{url}: behind two slashes is a host, and a path behind three. Write `{shlex.quote(plain)}`, or "

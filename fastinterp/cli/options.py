@@ -269,15 +269,10 @@ def fitting(text: str, stream: Any, less: int = 0) -> str:
 
 
 def columns(stream: Any) -> int | None:
-    """The width of a stream: a terminal's; of stdout what the variable COLUMNS says; None: lines have any length."""
+    """The width of a terminal; None of what is none: lines have any length, for programs that read them."""
     from shutil import get_terminal_size
 
-    if stream is None:
-        return None
-    said = os.environ.get("COLUMNS", "")
-    if stream.isatty() or (stream is sys.stdout and said.isascii() and said.isdigit() and int(said) > 0):
-        return get_terminal_size().columns
-    return None
+    return None if stream is None or not stream.isatty() else get_terminal_size().columns
 
 
 def _print(text: str, *, err: bool = False) -> None:

@@ -155,18 +155,3 @@ def test_models_of_which_nothing_can_be_compared_are_no_success(models):
     assert done.stderr == "ShapeError: nothing was compared: no tensor of x can be measured against one of y\n"
     done = CliRunner().invoke(commands, ["diff", "x", "y", "--json"], prog_name="fastinterp")
     assert done.exit_code == 3 and json.loads(done.stdout)["ok"] is False
-
-
-def test_columns_is_the_width_also_off_a_terminal(models):
-    """As it is of --help; of text alone, not of JSON."""
-    name = "model.layers.0.self_attn.a_projection_with_a_rather_long_name.weight"
-    save(models / "x", {name: np.ones((40, 40)), "a": np.ones((2, 2))})
-    save(models / "y", {name: np.eye(40), "b": np.ones((2, 2))})
-    for args in (["diff", "x", "y"], ["inspect", "x", "--all"]):
-        printed = [
-            CliRunner().invoke(commands, args, prog_name="fastinterp", env={"COLUMNS": said}).stdout
-            for said in ("", "80")
-        ]
-        assert [max(map(len, text.splitlines())) > 80 for text in printed] == [True, False], args
-    done = CliRunner().invoke(commands, ["diff", "x", "y", "--json"], prog_name="fastinterp", env={"COLUMNS": "30"})
-    assert name in json.loads(done.stdout)["tensors"]
