@@ -351,6 +351,10 @@ def test_a_pattern_matches_nothing_but_what_is_left(tmp_path):
     paths = [str(tmp_path / "a b" / name) for name in names]
     assert removal(paths) == f"'{tmp_path}/a b/alpha_'*"
     assert removal(paths[:2]) == f"'{tmp_path}/a b/alpha_0' '{tmp_path}/a b/alpha_1'"
+    hidden = [str(tmp_path / "h" / f".{i}") for i in range(6)]
+    for path in hidden:
+        Path(path).mkdir(parents=True)
+    assert removal(hidden) == shlex.join(hidden)
     (tmp_path / "a b" / "alpha_7").mkdir()
     assert removal(paths) == shlex.join(paths)
     subprocess.run(f"rm -r {removal(paths)}", shell=True, check=True)

@@ -148,7 +148,7 @@ def removal(paths: Sequence[str]) -> str:
     words: list[str] = []
     for folder, names in folders.items():
         start, there = os.path.commonprefix(names), []  # noqa: RUF071 - of names, not of paths
-        if len(names) > _NAMED and start:
+        if len(names) > _NAMED and start.strip("."):  # `.*` would be the folder itself, and the one above
             with suppress(OSError):
                 there = [name for name in os.listdir(folder or ".") if name.startswith(start)]
         if {*there} == {*names}:
