@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "html": set(),
     "progress": set(),
     "presence": {"errors"},
-    "urls": {"errors"},
+    "urls": {"errors", "presence"},
     "_version": set(),
     "_C": set(),
     "_cuda": set(),
