@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from contextlib import suppress
+from typing import NoReturn
 
 
 def main() -> None:
@@ -19,13 +20,19 @@ def main() -> None:
     except (ImportError, MemoryError) as error:
         if isinstance(error, ImportError) and "failed to map segment" not in str(error):
             raise
-        sys.stderr.write("StorageError: not enough memory to start. Allow more (ulimit -v)\n")
-        sys.exit(4)
+        _end("not enough memory to start")
     try:
         run()
+    except MemoryError:  # what says so had none either
+        _end("not enough memory")
     finally:
         if not gc.isenabled():  # a command that runs others' code enabled it
             gc.freeze()
+
+
+def _end(why: str) -> NoReturn:
+    sys.stderr.write(f"StorageError: {why}. Allow more (ulimit -v)\n")
+    sys.exit(4)
 
 
 def _interrupted(*_: object) -> None:
