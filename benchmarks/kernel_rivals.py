@@ -62,7 +62,7 @@ class Rival:
 
     def prepare(self, case: KernelCase, threads: int) -> Run:
         """What computes the case. Every rival has its own. Raises: CannotError."""
-        raise NotImplementedError
+        raise NotImplementedError  # of the base class alone
 
 
 class _Torch(Rival):
@@ -79,7 +79,7 @@ class _Torch(Rival):
 
     def run(self, case: KernelCase, inputs: list[Any], outputs: list[Any]) -> Run:
         """The same for tensors. Every rival of torch has its own."""
-        raise NotImplementedError
+        raise NotImplementedError  # of the base class alone
 
 
 class Naive(_Torch):

@@ -43,14 +43,14 @@ def _threads(case: KernelCase, rival: Rival) -> list[int]:
 
 def test_combine(benchmark, case: KernelCase, rival: Rival, threads: int):
     if rival.missing:
-        pytest.skip(rival.missing)
+        pytest.skip(rival.missing)  # why it cannot be imported
     case = _shared(case)
     case.clear()
     try:
         run = rival.prepare(case, threads)
         run()
     except CannotError as why:
-        pytest.skip(str(why))
+        pytest.skip(str(why))  # what it cannot compute
     case.check(exact=isinstance(rival, Fastinterp), coarse=rival.coarse)
     copies = [] if benchmark.disabled else [copy_gb_s(case.bytes, threads)]
     benchmark.group = f"{case}-t{threads}"

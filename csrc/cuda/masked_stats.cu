@@ -1,3 +1,5 @@
+#include <type_traits>
+
 #include "lanes.h"
 #include "masked_stats.h"
 #include "scores.h"
@@ -13,31 +15,21 @@ constexpr int kSpan = kLanes * kUnit;   // elements whose random numbers are dra
 constexpr int kShared = kDeltas * kKinds * kLanes;
 static_assert(kSpan <= kShared && kUnit == kCounterElements, "a thread draws what as many as it has elements need");
 
-// Bit k - 1 of drawn[i]: whether element i from e on is drawn by the test of input k. e is a multiple of kSpan.
-FI_DEVICE void draw_span(const MaskedStatsTask& task, int64_t e, uint64_t* drawn) {
+// Bit k - 1 of drawn[i]: whether element i from e on is drawn by the test of input k. e is a multiple of kSpan. Bits
+// has one for each delta: bytes of at most 8.
+template <class Bits>
+FI_DEVICE void draw_span(const MaskedStatsTask& task, int64_t e, Bits* drawn) {
+  using Register = std::conditional_t<(sizeof(Bits) > 4), uint64_t, uint32_t>;
   const uint32_t lane = thread_index() % kPhiloxLanes, group = thread_index() / kPhiloxLanes;
-  uint64_t bits[kCounterElements] = {};
+  Register bits[kCounterElements] = {};
 #pragma unroll 1
   for (int k = 1; k < task.n; ++k) {
     const uint32_t some = drawn_by(task.tests[k], e / kMaskGroup + group, lane);
 #pragma unroll
-    for (int j = 0; j < kCounterElements; ++j) bits[j] |= uint64_t(some >> j & 1) << (k - 1);
-  }
-  for (int j = 0; j < kCounterElements; ++j) drawn[group * kMaskGroup + uint32_t(j) * kPhiloxLanes + lane] = bits[j];
-}
-
-// The same for at most 8 deltas, a byte for each element.
-FI_DEVICE void draw_bytes(const MaskedStatsTask& task, int64_t e, uint8_t* drawn) {
-  const uint32_t lane = thread_index() % kPhiloxLanes, group = thread_index() / kPhiloxLanes;
-  uint32_t bits[kCounterElements] = {};
-#pragma unroll 1
-  for (int k = 1; k < task.n; ++k) {
-    const uint32_t some = drawn_by(task.tests[k], e / kMaskGroup + group, lane);
-#pragma unroll
-    for (int j = 0; j < kCounterElements; ++j) bits[j] |= (some >> j & 1) << (k - 1);
+    for (int j = 0; j < kCounterElements; ++j) bits[j] |= Register(some >> j & 1) << (k - 1);
   }
   for (int j = 0; j < kCounterElements; ++j)
-    drawn[group * kMaskGroup + uint32_t(j) * kPhiloxLanes + lane] = uint8_t(bits[j]);
+    drawn[group * kMaskGroup + uint32_t(j) * kPhiloxLanes + lane] = Bits(bits[j]);
 }
 
 template <class T>
@@ -172,7 +164,7 @@ masked_stats_unit_kernel(FI_ARGUMENT MaskedStatsTask task) {
 #pragma unroll 1
   for (int span = 0; span < numel; span += kSpan) {
     sync_threads();  // what was staged before has been used
-    if (task.random) draw_bytes(task, task.first + begin + span, drawn);
+    if (task.random) draw_span(task, task.first + begin + span, drawn);
     float p[kUnit], d[kUnit];
     widen_unit(task.inputs.in[0], base, p);
 #pragma unroll

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib as mpl
 import numpy as np
@@ -19,6 +19,7 @@ mpl.rcParams["font.size"] = 9
 
 OWN, SECOND, THIRD, GREY = "#1f6f8b", "#c8553d", "#588157", "#8a8a8a"
 Points = Sequence[Mapping[str, Any]]
+T = TypeVar("T")
 
 
 def write(results: Sequence[Mapping[str, Any]], folder: Path) -> list[str]:
@@ -29,6 +30,11 @@ def write(results: Sequence[Mapping[str, Any]], folder: Path) -> list[str]:
         "controls.svg": controls,
         "staircase.svg": staircase,
     }
+    return save(drawn, results, folder)
+
+
+def save(drawn: Mapping[str, Callable[[T], Figure]], results: T, folder: Path) -> list[str]:
+    """Draw figures of results into files; their names."""
     for name, draw in drawn.items():
         draw(results).savefig(folder / name, metadata={"Date": None})
     return list(drawn)

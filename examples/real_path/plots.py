@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from examples.paper_path.plots import GREY, OWN, SECOND, THIRD  # and its settings of matplotlib
+from examples.paper_path.plots import GREY, OWN, SECOND, THIRD, save  # and its settings of matplotlib
 from examples.real_path.margins import Results, at, of_the_way, preference
 
 Value = Callable[[Results], float]
@@ -22,9 +22,7 @@ def write(results: Sequence[Results], folder: Path) -> list[str]:
         "staircase.svg": staircase,
         "plane.svg": plane,
     }
-    for name, draw in drawn.items():
-        draw(results).savefig(folder / name, metadata={"Date": None})
-    return list(drawn)
+    return save(drawn, results, folder)
 
 
 def key(name: str) -> Value:

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from operator import eq
 from pathlib import Path
-from typing import Any
 
 from fastinterp.checkpoint import remote
 from fastinterp.checkpoint.hub_download import HubFiles, Snapshot, first_line
@@ -68,7 +67,7 @@ class _Run:
     unknown: int = 0
     refused: str = ""  # why nothing may be fetched, or cannot
     wished: str = ""  # the same, if somebody wants it so: other places than the Hub are not asked either
-    addresses: dict[str, Any] = field(default_factory=dict)  # of url_model.py
+    addresses: dict[str, object] = field(default_factory=dict)  # Site of url_model.py, which imports this
     outputs: dict[str, tuple[str, ...]] = field(default_factory=dict)  # addresses that are written -> place_of each
 
 
@@ -287,14 +286,21 @@ def is_small(name: str, nbytes: int | None) -> bool:
     ) and (nbytes or 0) <= _MOST_SMALL
 
 
-def _about(snapshot: Snapshot, small: Sequence[str], weights: Sequence[str]) -> str:
-    """The line about what is fetched: `org/name@1234abc: fetching 9 small files, 11.4 MB, and headers of 2 files`."""
-    sizes: dict[str, Any] = snapshot.sizes or {}
-    parts = []
-    if small:
-        parts.append(f"{counted(len(small), 'small file')}, {size(sum(sizes[n] or 0 for n in small))}")
+def fetching(small: Sequence[int], weights: Sequence[int]) -> str:
+    """What a line says of files that are fetched: `9 small files, 11.4 MB, and the headers of 2 files of weights, ...`.
+
+    small, weights  their sizes in bytes
+    """
+    parts = [f"{counted(len(small), 'small file')}, {size(sum(small))}"] if small else []
     if weights:
+        headers = "header" if len(weights) == 1 else "headers"
         of = counted(len(weights), "file")
-        parts.append(f"the {'header' if len(weights) == 1 else 'headers'} of {of} of weights, which stay there "
-                     f"({size(sum(sizes[n] or 0 for n in weights))})")  # fmt: skip
-    return f"{snapshot.name}: fetching {' and '.join(parts)}, from the Hub at {snapshot.commit[:12]}"
+        parts.append(f"the {headers} of {of} of weights, which stay there ({size(sum(weights))})")
+    return " and ".join(parts)
+
+
+def _about(snapshot: Snapshot, small: Sequence[str], weights: Sequence[str]) -> str:
+    """The line about what is fetched."""
+    sizes = snapshot.sizes or {}
+    what = fetching([sizes[n] or 0 for n in small], [sizes[n] or 0 for n in weights])
+    return f"{snapshot.name}: fetching {what}, from the Hub at {snapshot.commit[:12]}"

@@ -23,7 +23,7 @@ from fastinterp.checkpoint import hub, remote
 from fastinterp.checkpoint.names import listing, names_weights
 from fastinterp.checkpoint.url_store import FsspecStore, Store, There, file_system, place_of
 from fastinterp.errors import CheckpointError, StorageError
-from fastinterp.messages import counted, size, tell
+from fastinterp.messages import tell
 from fastinterp.presence import exists, is_folder
 from fastinterp.urls import full, is_chained, scheme_of
 
@@ -76,7 +76,8 @@ class Site:
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             contents = dict(zip(small, pool.map(store.read, small), strict=True))
             files = dict(zip(heavy, pool.map(store.file, heavy, heavy.values()), strict=True))
-        _tell(self.url, contents, files)
+        what = hub.fetching([*map(len, contents.values())], [file.size for file in files.values()])
+        tell(f"{self.url}: fetching {what}")
         for name, content in contents.items():
             _write(self.root / name, content)
             version = small[name].version or f"blake2b {blake2b(content, digest_size=8).hexdigest()}"
@@ -139,7 +140,8 @@ def find(url: str) -> Site:
         hub.refuse_output(place_of(*file_system(url, full(url))))
     if url not in run.addresses:
         run.addresses[url] = _found(url)
-    site: Site = run.addresses[url]
+    site = run.addresses[url]
+    assert isinstance(site, Site)
     return site
 
 
@@ -213,12 +215,3 @@ def _write(path: Path, content: bytes) -> None:
         path.write_bytes(content)
     except OSError as error:
         raise StorageError(f"{path}: {error.strerror}. It is a temporary file: TMPDIR says where those are") from None
-
-
-def _tell(url: str, small: Mapping[str, bytes], files: Mapping[str, remote.RemoteFile]) -> None:
-    parts = [f"{counted(len(small), 'small file')}, {size(sum(map(len, small.values())))}"] if small else []
-    if files:
-        of = counted(len(files), "file")
-        parts.append(f"the {'header' if len(files) == 1 else 'headers'} of {of} of weights, which stay there "
-                     f"({size(sum(file.size for file in files.values()))})")  # fmt: skip
-    tell(f"{url}: fetching {' and '.join(parts)}")

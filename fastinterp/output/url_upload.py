@@ -87,9 +87,7 @@ class Destination:
 
         try:
             return asked(ask, self.url, doing)
-        except CheckpointError as error:
-            raise OutputError(str(error)) from None
-        except StorageError as error:
+        except (CheckpointError, StorageError) as error:
             raise OutputError(str(error)) from None
 
     def _there(self) -> list[str]:

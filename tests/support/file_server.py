@@ -35,20 +35,25 @@ class FileServer:
 
 
 @contextmanager
-def file_server(folder: Path) -> Iterator[FileServer]:
-    """Context manager: a server that answers until the end."""
-    files = FileServer(folder)
-    handler = type("Handler", (_Handler,), {"files": files})
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Context manager: the address of a server on this machine, which answers until the end."""
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         server.daemon_threads = True
-        files.url = f"http://127.0.0.1:{server.server_address[1]}"
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         thread.start()
         try:
-            yield files
+            yield f"http://127.0.0.1:{server.server_address[1]}"
         finally:
             server.shutdown()
             thread.join()
+
+
+@contextmanager
+def file_server(folder: Path) -> Iterator[FileServer]:
+    """Context manager: a server that answers until the end."""
+    files = FileServer(folder)
+    with serving(type("Handler", (_Handler,), {"files": files})) as files.url:
+        yield files
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -17,12 +17,14 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
+
+from tests.support.file_server import serving
 
 HEAVY = (".safetensors", ".bin", ".gguf", ".pt")  # are behind a redirect
 TOKEN = "hf_test"
@@ -115,17 +117,8 @@ def _files(folder: Path) -> dict[str, bytes]:
 def hub_server() -> Iterator[HubServer]:
     """Context manager: a server that answers until the end."""
     hub = HubServer()
-    handler = type("Handler", (_Handler,), {"hub": hub})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        server.daemon_threads = True
-        hub.url = f"http://127.0.0.1:{server.server_address[1]}"
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-        thread.start()
-        try:
-            yield hub
-        finally:
-            server.shutdown()
-            thread.join()
+    with serving(type("Handler", (_Handler,), {"hub": hub})) as hub.url:
+        yield hub
 
 
 def environment(server: HubServer, home: Path) -> dict[str, str]:

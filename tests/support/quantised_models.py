@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fastinterp.ops.dtypes import BF16, DTYPES, F32, DType
 from fastinterp.reference.decode import decode
 from fastinterp.reference.encode import encode
-from tests.support.checkpoints import Tensor, bell, floats, tensor, write
+from tests.support.checkpoints import Tensor, bell, floats, recipe, tensor, write
 
 Model = dict[str, Tensor]
 CODES = {"scaled_f8_e4m3": "F8_E4M3", "scaled_f8_e5m2": "F8_E5M2", "scaled_i8": "I8"}
@@ -159,3 +159,11 @@ def saved(folder: Path, form: Form, models: Sequence[Mapping[str, Tensor]]) -> l
 
 def dtype_of(form: Form) -> DType:
     return DTYPES[CODES[form.decoder]]
+
+
+WEIGHTS = (0.5, 0.3, 0.2)
+
+
+def linear(paths: list[str], **keys: Any) -> dict[str, Any]:
+    """A recipe whose output is quantised as the first model."""
+    return recipe("linear", paths, weights=list(WEIGHTS[: len(paths)]), quantize="same", **keys)
