@@ -99,9 +99,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt release/hashes.txt
 	$(call shown,$(PY) -m pip install --verbose --no-build-isolation --editable '.[dev]',install)
 	@touch $@ $(VENV)/.built
 
-# The editable install above has built the extension; this does it again when the sources have changed.
+# The editable install above has built the extension; this does it again when the sources have changed. Make looks for .built before that
+# install, so the recipe looks again.
 $(VENV)/.built: $(VENV)/.installed setup.py CMakeLists.txt $(NATIVE)
-	$(PY) setup.py --quiet build_ext --inplace
+	@[ -e $@ ] && [ -z "$$(find setup.py CMakeLists.txt $(NATIVE) -newer $@)" ] || { echo "building the extension" && $(PY) setup.py --quiet build_ext --inplace; }
 	@touch $@
 
 # mergekit, sd-mecha and Ray ask for many packages of their own, so they do not share the environment of the tests.
