@@ -144,32 +144,28 @@ class Report:
 
     output: str
     files: tuple[str, ...]
-    tensors: Mapping[str, RoundingEffect]  # merged and converted tensors; copied ones are not listed
-    copied: tuple[str, ...]  # tensors whose bytes were copied
+    tensors: Mapping[str, RoundingEffect]
+    copied: tuple[str, ...]
     bytes_read: int
     bytes_written: int
     outputs: int
     wall_s: float
-    device: str  # as device_line writes it: `cpu avx2`
+    device: str
     threads: int
-    inputs: int = 0  # number of models that this output's tensors come from
-    densities: Mapping[str, Mapping[str, Density]] = field(default_factory=dict)  # model -> tensor -> elements kept
-    merged: int = 0  # number of elements of all merged tensors
-    on_cpu: Mapping[str, int] = field(
-        default_factory=dict
-    )  # with accelerators, what the CPU computed: reason -> number of tensors
-    chosen: str = ""  # the reason for the choice of `--device auto`, if there was a choice
-    removed: tuple[str, ...] = ()  # files of the checkpoint that the output replaced
-    replaced: tuple[str, ...] = ()  # files that no merge had written there
+    inputs: int = 0
+    densities: Mapping[str, Mapping[str, Density]] = field(default_factory=dict)
+    merged: int = 0
+    on_cpu: Mapping[str, int] = field(default_factory=dict)
+    chosen: str = ""
+    removed: tuple[str, ...] = ()
+    replaced: tuple[str, ...] = ()
     warnings: tuple[str, ...] = field(default=())
-    remarks: tuple[str, ...] = ()  # what was decided without being asked: see Plan
-    # model that is decoded from codes, or is compared with one -> its difference in steps of the quantisation
+    remarks: tuple[str, ...] = ()
     quantised: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # reason -> files that were not copied
-    # numbers of the recipe in proportion to which the output differs from its base: see kept.py
+    left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     asked: Mapping[str, float] = field(default_factory=dict)
-    adapted: tuple[str, ...] = ()  # tensors that are sums of a model and its adapters
-    resumed: float | None = None  # how much of all outputs was finished before, 0 to 1; None: the run was not resumed
+    adapted: tuple[str, ...] = ()
+    resumed: float | None = None
 
     def __repr__(self) -> str:
         """A short form; print() shows the summary."""

@@ -20,7 +20,7 @@ _AT_ONCE = 8  # requests
 
 def regions_elsewhere(
     file: RemoteFile, start: int, end: int, threads: int | None, progress: Progress | None
-) -> list[int]:  # fmt: skip
+) -> list[int]:
     """The checksums of the regions of a file's data. Raises: StorageError; CheckpointError, if the file changed."""
     numbers: list[int] = []
     with _memory() as fd, ThreadPoolExecutor(_AT_ONCE) as pool:
