@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,8 @@ from tests.support.cases import Guarded, fill
 DTYPES = (BF16, F16, F32, F8_E4M3)
 PERIOD = 65536  # elements; larger arrays repeat them, so that the slow reference need compute no more
 IN_CACHE = PERIOD  # elements of each array
-IN_MEMORY = 1 << 27  # bytes of all arrays together: four times a large L3
+# Bytes of all arrays together: four times the last-level cache, which virtual machines may see whole though they share it.
+IN_MEMORY = max(1 << 27, 4 * (os.sysconf("SC_LEVEL3_CACHE_SIZE") if "SC_LEVEL3_CACHE_SIZE" in os.sysconf_names else 0))
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops": {"errors", "ops.steps"},
     "ops.steps": {"ops", "_C"},  # how answers of parts fold
     "reference": CONTRACT,
-    "backends": LEAVES | CONTRACT | {"_C", "_cuda", "_triton"},
+    "backends": LEAVES | CONTRACT | {"_C", "_cuda", "_triton", "system.available_memory"},
     "methods": LEAVES | CONTRACT,
     "recipe": LEAVES | CONTRACT | {"methods"},
     "checkpoint": LEAVES | CONTRACT,

@@ -15,6 +15,7 @@ from typing import Any
 from fastinterp.backends.device import Pending, Piece
 from fastinterp.errors import BackendError, OutOfMemory
 from fastinterp.ops.steps import Step
+from fastinterp.system.available_memory import available_memory
 
 
 def interpreted() -> bool:
@@ -104,7 +105,7 @@ class TritonDevice:
         import torch
 
         if self.host_only:
-            return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+            return available_memory()
         with _explained(f"free memory of {self.name}"):
             return int(torch.cuda.mem_get_info(self.index)[0])
 

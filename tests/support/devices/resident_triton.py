@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from fastinterp.backends import torch_device as resident_devices
 from tests.in_memory.test_merge_tensors import WAYS
@@ -35,3 +36,9 @@ def test_any_method(way: str) -> None:
 
 def test_live() -> None:
     resident_cases.live(finish)
+
+
+def test_cached_files_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages that are free are few on a machine that has read files; those that can be had count."""
+    monkeypatch.setattr("fastinterp.backends.triton.device.available_memory", lambda: 1 << 31)
+    assert resident_devices.device_of(torch.device("cuda", 0)).free_bytes() == 1 << 31
