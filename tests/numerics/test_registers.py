@@ -21,7 +21,7 @@ EDGES = [
     edge + step
     for edge in (0x477FF000, 0x7F7F8000, 0x7F7FFFFF, 0x43E00000, 0x43E80000, 0x47600000, 0x47700000, 0x43F00000)
     for step in (-1, 0, 1)
-] + [0x7FFFFFFF, 0x7F800001, 0x7FC00000, 0x7F800000, 0x00000001, 0x007FFFFF]
+] + [0x7FFFFFFF, 0x7FC0FFF0, 0x7F800001, 0x7FC00000, 0x7F800000, 0x74FFFFFF, 0x75000000, 0x00000001, 0x007FFFFF]
 
 
 def check(isa: str, raws: list[np.ndarray], dtypes: list[DType], row: Row, out: DType, **options: Any) -> None:
@@ -64,6 +64,31 @@ def test_all_codes(isa, dtype, out):
     for weights in ((0.5,), (0.25, -0.5)):
         row = Row(0, 1.0 if len(weights) == 1 else 0.75, tuple(enumerate(weights, 1)))
         check(isa, raws[: len(weights) + 1], [dtype] * (len(weights) + 1), row, out)
+
+
+@vectors
+@pytest.mark.parametrize("out", [F8_E4M3, F8_E5M2], ids=str)
+@pytest.mark.parametrize("saturate", [True, False])
+def test_rounding_to_fp8(isa, out, saturate):
+    """Each upper half of a float32, with lower halves that show ties and what is next to them."""
+    uppers = np.arange(1 << 16, dtype=np.uint32) << 16
+    values = np.concatenate([uppers | lower for lower in (0x0000, 0x0001, 0x8000, 0xFFFF)]).view("u1")
+    zeros = np.zeros_like(values)
+    check(isa, [zeros, values], [F32, F32], Row(0, 1.0, ((1, 1.0),)), out, fp8_saturate=saturate)
+
+
+@vectors
+@pytest.mark.parametrize("dtype", [F8_E4M3, F8_E5M2], ids=str)
+@pytest.mark.parametrize("saturate", [True, False])
+@pytest.mark.parametrize("weight", [0.5, 0.3, -1.5, 2.0**-140, 2.0**125])
+def test_every_pair_of_fp8_codes(isa, dtype, saturate, weight):
+    """All pairs, of numbers alone and with NaN and infinities among them, at ordinary weights and at extreme ones."""
+    codes = np.arange(256, dtype=np.uint8)
+    numbers = codes[(codes & 0x7F) < (0x7F if dtype is F8_E4M3 else 0x7C)]
+    for some in (numbers, codes):
+        pairs = [np.repeat(some, some.size), np.tile(some, some.size)]
+        for total in (1.0, 0.9):
+            check(isa, pairs, [dtype, dtype], Row(0, total, ((1, weight),)), dtype, fp8_saturate=saturate)
 
 
 @vectors
