@@ -25,6 +25,9 @@ FI_INLINE T add_pivot(T total, T p, T acc) {
   return fma_once(total, p, acc);
 }
 
+// Choices as bits, because compilers make branches of others, and no vectors then.
+FI_INLINE uint64_t ones_if(bool which) { return 0 - uint64_t(which); }
+
 // e^x for x <= 0 to 1e-15 of itself, 0 below -708: x = k ln 2 + r, and Taylor's series. Written out, because compilers
 // find no vectors in a loop over the terms.
 FI_INLINE double exp_once(double x) {
@@ -45,8 +48,8 @@ FI_INLINE double exp_once(double x) {
   y = fma_once(y, r, 1.0);
   y = fma_once(y, r, 1.0);
   y = bit_cast<double>(bit_cast<uint64_t>(y) + (bit_cast<uint64_t>(shifted) << 52));
-  y = x < -708.0 ? 0.0 : y;
-  return x != x ? x : y;
+  const uint64_t bits = bit_cast<uint64_t>(y) & ~ones_if(x < -708.0), nan = ones_if(x != x);
+  return bit_cast<double>((bits & ~nan) | (bit_cast<uint64_t>(x) & nan));
 }
 
 // ln x for normal x > 0 to 1e-15 of itself: x = 2^k z with z about 1, and the series of artanh.
@@ -67,7 +70,8 @@ FI_INLINE double log_once(double x) {
   y = fma_once(y, q, 1.0 / 3);
   const double twice = s + s, ln_z = fma_once(twice * q, y, twice);
   const double ln_x = fma_once(k, 0x1.62e42fee00000p-1, fma_once(k, 0x1.a39ef35793c76p-33, ln_z));
-  return x != x ? x : ln_x;
+  const uint64_t nan = ones_if(x != x);
+  return bit_cast<double>((bit_cast<uint64_t>(ln_x) & ~nan) | (bit_cast<uint64_t>(x) & nan));
 }
 
 // Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011). Element e of a tensor takes word (e / 16) % 4 of the counter

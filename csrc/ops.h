@@ -190,9 +190,10 @@ struct MaskedSumArgs {
 constexpr int kMaskedTile = 1024;  // elements
 FI_INLINE int64_t masked_sum_scratch(int terms) { return int64_t(terms) * kMaskedTile * 16; }
 
-// Bins in which the magnitudes of a row are counted, and a bit for each: of 2^14 magnitudes, so of 64 powers of two.
-constexpr int kRankBins = 32768;
-constexpr int64_t kRankBinsBytes = kRankBins * 8 + kRankBins / 8;
+// Bins in which the magnitudes of a row are counted, twice, with two limits for each.
+constexpr int kRankBins = 8192;
+constexpr int64_t kRankBinsBytes = kRankBins * 16;
+constexpr int64_t kRankCountBytes = kRankBins * 8;  // of them the counts, which come first
 
 // The mask of one row of one delta, by a test whose limit depends on the rank in the row.
 struct RankArgs {
@@ -203,7 +204,7 @@ struct RankArgs {
   MaskTest test;
   int64_t numel, first;
   uint64_t* scratch;  // 2 * numel
-  uint64_t* bins;     // kRankBinsBytes, all 0, and 0 again in the end
+  uint64_t* bins;     // kRankBinsBytes; the counts are 0, and 0 again in the end
   uint8_t* mask;      // numel: 1 where the element passes, else 0
 };
 

@@ -54,7 +54,7 @@ int64_t MaskedSum::scratch_bytes(int64_t most) const {
 void MaskedSum::run(const CombineArgs& args, char* scratch) const {
   uint64_t* const bins = reinterpret_cast<uint64_t*>(scratch + masked_sum_scratch(terms_));
   uint64_t* const sorting = bins + kRankBinsBytes / 8;
-  if (ranks_) memset(bins, 0, kRankBinsBytes);
+  if (ranks_) memset(bins, 0, kRankCountBytes);
   uint8_t* masks = reinterpret_cast<uint8_t*>(sorting + 2 * columns_);
   std::vector<const uint8_t*> ranked;
   for (const MaskedOutput& out : outputs_) {
@@ -111,7 +111,7 @@ void MaskedStatsSurvey::run_part(const Inputs& inputs, int64_t first, int64_t co
   char* const kernel_scratch = scratch + raw_bytes_ * int64_t(n);
   uint64_t* const bins = reinterpret_cast<uint64_t*>(kernel_scratch + round_up(masked_stats_scratch(int(n)), 8));
   uint64_t* const sorting = bins + kRankBinsBytes / 8;
-  if (ranks_) memset(bins, 0, kRankBinsBytes);
+  if (ranks_) memset(bins, 0, kRankCountBytes);
   uint8_t* const row_mask = reinterpret_cast<uint8_t*>(sorting + 2 * columns_);
   std::vector<uint8_t*> rank_masks(n, nullptr);
   for (size_t i = 1; i < n; ++i) {
