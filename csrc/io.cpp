@@ -90,8 +90,18 @@ thread_local std::vector<MappedReads::Given> MappedReads::given_;
 void MappedReads::begin() { given_.clear(); }
 
 void MappedReads::refuse_failed() {
-  for (const Given& given : given_)
-    if (given.source->mapped_->failed()) fail(given);
+  const Given* suspect = nullptr;
+  for (const Given& given : given_) {
+    if (!given.source->mapped_->failed()) continue;
+    read_again(given);
+    suspect = &given;
+  }
+  if (!suspect) return;
+  // It is another part of the file that is not there, or it is there again.
+  const MappedFile& file = *suspect->source->mapped_;
+  const int64_t at = file.failed_at(), size = std::min<int64_t>(4096, file.size() - at);
+  read_again({suspect->source, at, size});
+  throw IoError(false, suspect->source->index_, EIO, at, size, 0);
 }
 
 void MappedReads::refuse_cut() {
@@ -101,18 +111,13 @@ void MappedReads::refuse_cut() {
     const MappedFile* const file = given.source->mapped_.get();
     if (file != last) size = file->size_now();
     last = file;
-    if (given.offset + given.size > size) fail(given);
+    if (given.offset + given.size > size) read_again(given);
   }
 }
 
-void MappedReads::fail(const Given& given) {
-  std::vector<char> bytes(size_t(std::max<int64_t>(given.size, 1)));
+void MappedReads::read_again(const Given& given) {
+  std::vector<char> bytes(size_t(given.size));
   given.source->read(given.offset, given.size, bytes.data());
-  // It is another part of the file that is not there, or it is there again.
-  const MappedFile& file = *given.source->mapped_;
-  const int64_t at = file.failed() ? file.failed_at() : given.offset;
-  given.source->read(at, 1, bytes.data());
-  throw IoError(false, given.source->index_, EIO, at, 1, 0);
 }
 
 Sink::Sink(int index, std::shared_ptr<FileChecksum> checksum)

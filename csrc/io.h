@@ -73,7 +73,7 @@ class MappedReads {
     const Source* source;
     int64_t offset, size;
   };
-  [[noreturn]] static void fail(const Given& given);
+  static void read_again(const Given& given);
   static thread_local std::vector<Given> given_;
 
   friend class Source;

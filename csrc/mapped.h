@@ -15,6 +15,7 @@ class MappedFile {
   MappedFile& operator=(const MappedFile&) = delete;
 
   int fd() const { return fd_; }
+  int64_t size() const { return size_; }
   // The address of bytes [offset, offset + size); null, if they are not all in the mapping, or a page of it failed.
   const char* at(int64_t offset, int64_t size) const;
   // Whether a page failed. Whatever was read of the mapping may be zeros then.
