@@ -153,8 +153,8 @@ read = click.option(
     type=click.Choice(["auto", "pread", "mapped"]),
     default="auto",
     show_default=True,
-    help="How files are read. mapped: the CPU's kernels read them where the page cache has them; tensors that are copied, "
-    "and rows that are moved, are read by pread. Not of models elsewhere, or with an accelerator. auto: pread.",
+    help="How files are read. mapped: the CPU's kernels read them where the page cache has them; tensors that are "
+    "copied, and rows that are moved, are read by pread. Not of models elsewhere, or with an accelerator. auto: pread.",
 )
 
 _OUTPUT = (

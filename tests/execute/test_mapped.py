@@ -264,8 +264,8 @@ def test_as_a_program(tmp_path, read):
 
 # --- SIGBUS that is not ours -----------------------------------------------------------------------------------------
 
-# A file `x` of one page; a pump that maps it and has ended, and holds the guard until it is joined; `torn`, a mapping of
-# the program itself, beyond the end of its file.
+# A file `x` of one page; a pump that maps it and has ended, and holds the guard until it is joined; `torn`, a mapping
+# of the program itself, beyond the end of its file.
 SETTING = """
     import faulthandler, mmap, os, signal, sys
     from fastinterp.backends.cpu import MappedFile, Pump, PumpOptions
