@@ -13,7 +13,7 @@ ORACLE_VENV := .venv-oracle
 PY := $(VENV)/bin/python
 SANITIZED := tests/numerics tests/execute tests/output/test_checksum.py tests/verification
 SANITIZED_QUICKLY := tests/numerics/test_pump.py tests/numerics/test_steps.py tests/numerics/test_decoders.py tests/execute/test_merge.py \
-  tests/output/test_checksum.py tests/verification/test_torn.py
+  tests/execute/test_mapped.py tests/output/test_checksum.py tests/verification/test_torn.py
 SHARED := -n $(WORKERS) --dist worksteal
 
 # nvcc takes most of the time where it is used; FASTINTERP_CUDA=0 is for the build and for the tests.

@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "checksum.h"
+#include "mapped.h"
 #include "range_cache.h"
 
 namespace fi {
@@ -32,7 +33,14 @@ int64_t within(int64_t offset, int64_t wanted, int64_t size) {
 
 }  // namespace
 
+Source::Source(int index, std::shared_ptr<MappedFile> mapped)
+    : index_(index), fd_(mapped->fd()), mapped_(std::move(mapped)) {}
+
 const void* Source::get(int64_t offset, int64_t size, void* to) const {
+  if (const char* const bytes = mapped_ ? mapped_->at(offset, size) : nullptr) {
+    MappedReads::given_.push_back({this, offset, size});
+    return bytes;
+  }
   if (!memory_) {
     read(offset, size, to);
     return to;
@@ -75,6 +83,41 @@ void Source::prefetch(int64_t offset, int64_t size) const {
 #if defined(POSIX_FADV_WILLNEED)
   posix_fadvise(fd_, offset, size, POSIX_FADV_WILLNEED);
 #endif
+}
+
+thread_local std::vector<MappedReads::Given> MappedReads::given_;
+
+void MappedReads::begin() { given_.clear(); }
+
+void MappedReads::refuse_failed() {
+  const Given* suspect = nullptr;
+  for (const Given& given : given_) {
+    if (!given.source->mapped_->failed()) continue;
+    read_again(given);
+    suspect = &given;
+  }
+  if (!suspect) return;
+  // It is another part of the file that is not there, or it is there again.
+  const MappedFile& file = *suspect->source->mapped_;
+  const int64_t at = file.failed_at(), size = std::min<int64_t>(4096, file.size() - at);
+  read_again({suspect->source, at, size});
+  throw IoError(false, suspect->source->index_, EIO, at, size, 0);
+}
+
+void MappedReads::refuse_cut() {
+  const MappedFile* last = nullptr;
+  int64_t size = 0;
+  for (const Given& given : given_) {
+    const MappedFile* const file = given.source->mapped_.get();
+    if (file != last) size = file->size_now();
+    last = file;
+    if (given.offset + given.size > size) read_again(given);
+  }
+}
+
+void MappedReads::read_again(const Given& given) {
+  std::vector<char> bytes(size_t(given.size));
+  given.source->read(given.offset, given.size, bytes.data());
 }
 
 Sink::Sink(int index, std::shared_ptr<FileChecksum> checksum)

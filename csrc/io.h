@@ -6,6 +6,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace fi {
 
@@ -20,10 +21,11 @@ struct IoError : std::runtime_error {
   int64_t offset, expected, done;
 };
 
+class MappedFile;
 class RangeCache;
 
-// Bytes to read: a file, one that is elsewhere, or a range of memory that its owner neither frees nor changes
-// meanwhile.
+// Bytes to read: a file, mapped or not, one that is elsewhere, or a range of memory that its owner neither frees nor
+// changes meanwhile.
 class Source {
  public:
   Source(int index, int fd) : index_(index), fd_(fd) {}
@@ -31,10 +33,15 @@ class Source {
       : index_(index), memory_(static_cast<const char*>(memory)), size_(size) {}
   Source(int index, std::shared_ptr<RangeCache> cache, int file) : index_(index), fd_(file), cache_(std::move(cache)) {}
 
+  Source(int index, std::shared_ptr<MappedFile> mapped);
+
   // Reads of a file elsewhere end with an error when this becomes true.
   void end_with(const std::atomic<bool>* cancelled) { cancelled_ = cancelled; }
 
-  // The bytes [offset, offset + size): where they lie, if that is memory, else `to`, into which they are read.
+  bool is_mapped() const { return mapped_ != nullptr; }
+
+  // The bytes [offset, offset + size): where they lie, if that is memory or a mapping, else `to`, into which they are
+  // read.
   const void* get(int64_t offset, int64_t size, void* to) const;
 
   // Reads them into `to` in any case.
@@ -48,7 +55,28 @@ class Source {
   const char* memory_ = nullptr;
   int64_t size_ = 0;
   std::shared_ptr<RangeCache> cache_ = nullptr;
+  std::shared_ptr<MappedFile> mapped_ = nullptr;
+
+  friend class MappedReads;
   const std::atomic<bool>* cancelled_ = nullptr;
+};
+
+// What `get` has given out of mappings to this thread. All throw the IoError of a `read` of what is not there.
+class MappedReads {
+ public:
+  static void begin();          // forgets
+  static void refuse_failed();  // files of which a page failed
+  static void refuse_cut();     // files that are shorter now than what was read: the rest of a page is zeros then
+
+ private:
+  struct Given {
+    const Source* source;
+    int64_t offset, size;
+  };
+  static void read_again(const Given& given);
+  static thread_local std::vector<Given> given_;
+
+  friend class Source;
 };
 
 // Bytes to write: a file, or a range of memory, which overlaps no source.

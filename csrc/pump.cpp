@@ -160,6 +160,8 @@ void Pump::cut_encoded(int step_index) {
 
 void Pump::start() {
   const int threads = std::max(1, options_.threads);
+  if (std::any_of(sources_.begin(), sources_.end(), [](const Source& s) { return s.is_mapped(); })) guard_.emplace();
+  faults_ = survived_faults();
   running_ = threads;  // not the loop's bound: threads that end at once count it down while others are being started
   for (int i = 0; i < threads; ++i) {
     try {
@@ -183,11 +185,13 @@ bool Pump::wait(double seconds) {
 void Pump::join() {
   for (std::thread& t : threads_) t.join();
   threads_.clear();
+  guard_.reset();
 }
 
 void Pump::work() {
   try {
     const FloatEnvironment floats;
+    if (guard_) let_faults_through();
     Scratch scratch(scratch_bytes_);
     Survey* survey = nullptr;  // that this thread has begun
     for (;;) {
@@ -201,11 +205,19 @@ void Pump::work() {
       }
       if (end) break;
       if (options_.prefetch) prefetch(block);
+      MappedReads::begin();
       run_block(blocks_[block], scratch.get());
+      MappedReads::refuse_cut();
     }
   } catch (...) {
+    std::exception_ptr error = std::current_exception();
+    try {
+      refuse_faults();  // the reason, where zeros led to it
+    } catch (...) {
+      error = std::current_exception();
+    }
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (!error_) error_ = std::current_exception();
+    if (!error_) error_ = error;
     cancelled_ = true;
   }
   const std::lock_guard<std::mutex> lock(mutex_);
@@ -221,6 +233,7 @@ void Pump::run_block(const Block& block, char* scratch) {
   const Step& head = steps_[size_t(whole.step)];
   if (head.survey) {
     head.survey->run(inputs_of(head, scratch), whole.first, whole.count, scratch);
+    refuse_faults();
     return finish_piece(whole.step);
   }
   if (head.encoding) {
@@ -271,7 +284,12 @@ bool Pump::in_memory(const Step& step) const {
   return std::all_of(step.sinks.begin(), step.sinks.end(), [&](int s) { return sinks_[size_t(s)].in_memory(); });
 }
 
+void Pump::refuse_faults() const {
+  if (survived_faults() != faults_) MappedReads::refuse_failed();
+}
+
 void Pump::write(const Step& step, int64_t offset, int64_t size, const char* staged) {
+  refuse_faults();
   for (size_t k = 0; k < step.sinks.size(); ++k) {
     const Sink& sink = sinks_[size_t(step.sinks[k])];
     const int64_t at = offset + step.offsets[k] - step.offsets[0];

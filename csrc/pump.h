@@ -6,11 +6,13 @@
 #include <condition_variable>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "io.h"
+#include "mapped.h"
 #include "ops.h"
 #include "steps/step.h"
 
@@ -102,6 +104,8 @@ class Pump {
   Inputs inputs_of(const Step& step, char* scratch, std::atomic<int64_t>* bytes_read) const;
   // A piece of the step is done. With the last one, what its decoders hold is freed.
   void finish_piece(int step);
+  // After kernels have read: throws IoError, if a page of a mapped file failed. Zeros may be among the results then.
+  void refuse_faults() const;
 
   const std::vector<Source> sources_;
   const std::vector<Sink> sinks_;
@@ -115,6 +119,8 @@ class Pump {
   int64_t encode_at_ = 0;  // in the scratch: sums that are encoded, what they become, and for statistics
   std::vector<std::atomic<int64_t>> left_;  // pieces of each step that are not done
 
+  std::optional<FaultGuard> guard_;  // while threads read mapped files
+  int64_t faults_ = 0;               // that were survived before
   std::vector<std::thread> threads_;
   std::atomic<size_t> next_{0};
   std::atomic<int64_t> bytes_read_{0}, bytes_written_{0};

@@ -139,6 +139,7 @@ void Pump::write_scales(const Encoding& encoding, size_t output, const ScaleRun&
   const Sink& sink = sinks_[size_t(place.sink)];
   const int64_t size = encoding.scale_bytes(), offset = place.offset + from * size, bytes = count * size;
   if (count == 0) return;
+  refuse_faults();
   const char* const stored = scales.stored.data() + (from - scales.first) * size;
   if (char* const address = sink.address(offset, bytes))
     memcpy(address, stored, size_t(bytes));

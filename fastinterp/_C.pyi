@@ -48,7 +48,20 @@ class RemoteSource:
 
 # A file descriptor, ("memory", address, bytes), or a file elsewhere: the caller keeps it alive and lets nobody write to
 # it.
-_Source = int | tuple[str, int, int] | RemoteSource
+class MappedFile:
+    """A whole file as a source of a Pump, whose kernels read it where the page cache has it.
+
+    fd  open for reading; its owner keeps it open
+    Raises: OSError, if it cannot be mapped.
+    """
+
+    def __init__(self, fd: int) -> None: ...
+    @property
+    def fd(self) -> int: ...
+    @property
+    def failed(self) -> bool: ...  # whether a page could not be read
+
+_Source = int | tuple[str, int, int] | RemoteSource | MappedFile
 
 def isas() -> list[str]: ...
 def built_isas() -> list[str]: ...

@@ -47,6 +47,7 @@ def merge(
     force: bool = False,
     durable: bool = False,
     stream: bool = False,
+    read: str = "auto",
     private: bool = False,
     verify_kept: bool = False,
     progress: Progress | bool | None = None,
@@ -69,6 +70,9 @@ def merge(
                     replaces an older one
     private         receipt and model card name no model: `replay` is told then where they are
     stream          read models that are on the Hub while they are merged, on the CPU, without storing them
+    read            "pread" copies what is read of files into scratch memory. "mapped" lets the CPU's kernels read it
+                    where the page cache has it; tensors that are copied, and rows that are moved, are read as before.
+                    "auto" is "pread" (docs/performance.md, "Mapped reading"). The output does not depend on it
     verify_kept     where a run that was killed is resumed: compare all that it had written with its checksums, not a
                     sample
     progress        True: a line on stderr that shows it; or what is called about ten times a second with
@@ -85,8 +89,8 @@ def merge(
         _refuse_adapters(recipes, "merge_adapters")
         return merge_documents(
             recipes, out, device=device, threads=threads, max_shard_size=max_shard_size, max_memory=max_memory,
-            force=force, durable=durable, verify_kept=verify_kept, stream=stream, progress=callback_of(progress),
-            keep_intermediates=keep_intermediates,
+            force=force, durable=durable, verify_kept=verify_kept, stream=stream, read=read,
+            progress=callback_of(progress), keep_intermediates=keep_intermediates,
         )  # fmt: skip
 
 
@@ -102,6 +106,7 @@ def merge_documents(
     force: bool,
     durable: bool,
     stream: bool,
+    read: str,
     verify_kept: bool,
     progress: Progress | None,
     keep_intermediates: str | os.PathLike[str] | None,
@@ -125,7 +130,7 @@ def merge_documents(
             outs[:0] = [[os.path.join(folder, _folder_name(one.name))] for one in recipes[:-1]]
         return write_outputs(
             plans, outs, device=device, threads=threads, max_memory=size_of(max_memory), force=force,
-            durable=durable, verify_kept=verify_kept, progress=progress,
+            durable=durable, verify_kept=verify_kept, read=read, progress=progress,
         )[-1]  # fmt: skip
 
 
@@ -171,6 +176,7 @@ def interpolate(
     force: bool = False,
     durable: bool = False,
     stream: bool = False,
+    read: str = "auto",
     private: bool = False,
     verify_kept: bool = False,
     progress: Progress | bool | None = None,
@@ -219,7 +225,7 @@ def interpolate(
         plans = [make_plan(recipes[group], max_shard_size=shard, one_file=one_file) for group in groups]
         reports = write_outputs(
             plans, [outs[group] for group in groups], device=device, threads=threads, max_memory=size_of(max_memory),
-            force=force, durable=durable, verify_kept=verify_kept, progress=callback_of(progress),
+            force=force, durable=durable, verify_kept=verify_kept, read=read, progress=callback_of(progress),
         )  # fmt: skip
     if base is not None:
         return reports
@@ -249,6 +255,7 @@ def average(
     force: bool = False,
     durable: bool = False,
     stream: bool = False,
+    read: str = "auto",
     private: bool = False,
     verify_kept: bool = False,
     progress: Progress | bool | None = None,
@@ -273,7 +280,8 @@ def average(
     return merge(
         recipe, out, device=device, threads=threads, max_shard_size=max_shard_size, max_memory=max_memory,
         dtype=dtype, rounding=rounding, seed=seed, missing=missing, channels=channels, quantize=quantize,
-        force=force, durable=durable, private=private, verify_kept=verify_kept, stream=stream, progress=progress,
+        force=force, durable=durable, private=private, verify_kept=verify_kept, stream=stream, read=read,
+        progress=progress,
     )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
-// Files that are written: their space, and their checksums.
+// Files that are written: their space, and their checksums. Files that are mapped.
 #include <pybind11/stl.h>
 
 #include <cerrno>
+#include <system_error>
 
 #include "../cpu/backend.h"
 #include "steps.h"
@@ -105,6 +106,19 @@ void bind_files(py::module_& m) {
       .def(py::init<>())
       .def("add", &Hash::add, py::arg("bytes"))
       .def("end", &Hash::end);
+
+  py::class_<MappedFile, std::shared_ptr<MappedFile>>(m, "MappedFile", "A file as a source that kernels read in place.")
+      .def(py::init([](int fd) {
+             try {
+               return std::make_shared<MappedFile>(fd);
+             } catch (const std::system_error& error) {
+               raise_os_error(error.code().value());
+               throw;
+             }
+           }),
+           py::arg("fd"))
+      .def_property_readonly("fd", &MappedFile::fd)
+      .def_property_readonly("failed", &MappedFile::failed);
 
   py::class_<FileChecksum, std::shared_ptr<FileChecksum>>(m, "FileChecksum", "The checksum of a file that is written.")
       .def(py::init([](int fd, int64_t begin, int64_t end, const std::string& isa) {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../checksum.h"
+#include "../mapped.h"
 #include "../range_cache.h"
 #include "../steps/step.h"
 
@@ -20,7 +21,8 @@ struct RemoteSource {
   int file;
 };
 
-// A file descriptor, or ("memory", address, bytes); of a source also a RemoteSource, of a sink the checksum of a file.
+// A file descriptor, or ("memory", address, bytes); of a source also a RemoteSource or a MappedFile, of a sink the
+// checksum of a file.
 template <class Handle>
 std::vector<Handle> handles_of(const pybind11::sequence& sequence) {
   std::vector<Handle> handles;
@@ -34,6 +36,10 @@ std::vector<Handle> handles_of(const pybind11::sequence& sequence) {
       if (pybind11::isinstance<RemoteSource>(h)) {
         const RemoteSource& remote = h.cast<const RemoteSource&>();
         handles.emplace_back(index, remote.cache, remote.file);
+        continue;
+      }
+      if (pybind11::isinstance<MappedFile>(h)) {
+        handles.emplace_back(index, h.cast<std::shared_ptr<MappedFile>>());
         continue;
       }
     }

@@ -11,6 +11,7 @@ from fastinterp._C import (
     CELL_BYTES,
     REGION_BYTES,
     FileChecksum,
+    MappedFile,
     Masks,
     PlainSums,
     PreparedSums,
@@ -35,6 +36,7 @@ __all__ = [
     "REGION_BYTES",
     "FileChecksum",
     "Handle",
+    "MappedFile",
     "Masks",
     "Memory",
     "PlainSums",
@@ -62,7 +64,7 @@ __all__ = [
 # (kind, address, bytes): kind "memory" is memory of the host; "device" that of an accelerator, which the pump rejects.
 Memory = tuple[str, int, int]
 Handle = int | Memory  # a source or sink: a file descriptor, or memory
-SourceHandle = Handle | RemoteSource  # also a file that is elsewhere
+SourceHandle = Handle | RemoteSource | MappedFile  # also a file that is elsewhere, or mapped
 SinkHandle = Handle | FileChecksum  # also a file with the checksum of what is written
 
 

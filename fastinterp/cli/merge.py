@@ -24,6 +24,7 @@ _OF_ADAPTERS = ("threads", "force", "durable", "progress")  # arguments of a mer
 _OF_MODELS = {
     "device": "auto", "max_shard_size": None, "max_memory": "512MB", "rounding": None, "missing": None,
     "channels": None, "quantize": None, "keep_intermediates": None, "verify_kept": False, "stream": False,
+    "read": "auto",
 }  # fmt: skip
 _MENDED = "it is in place now"  # of a message that says what became of an earlier run
 

@@ -148,12 +148,21 @@ durable = click.option(
     is_flag=True,
     help="Sync data before names: slower, but the output survives a crash of the machine. --force implies it.",
 )
+read = click.option(
+    "--read",
+    type=click.Choice(["auto", "pread", "mapped"]),
+    default="auto",
+    show_default=True,
+    help="How files are read. mapped: the CPU's kernels read them where the page cache has them; tensors that are "
+    "copied, and rows that are moved, are read by pread. Not of models elsewhere, or with an accelerator. auto: pread.",
+)
 
 _OUTPUT = (
     device,
     threads,
     max_shard_size,
     max_memory,
+    read,
     click.option(
         "--dtype",
         metavar="NAME",

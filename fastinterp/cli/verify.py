@@ -88,6 +88,7 @@ def verify(
 @options.device
 @options.threads
 @options.max_memory
+@options.read
 @options.force
 @options.durable
 @options.offline

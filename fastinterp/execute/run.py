@@ -16,6 +16,7 @@ from fastinterp.errors import OutputError, StorageError, UsageError
 from fastinterp.execute.damaged import refuse_damaged
 from fastinterp.execute.jobs.job import Job
 from fastinterp.execute.jobs.tensor_io import TensorIO, TensorStep
+from fastinterp.execute.reading import is_mapped
 from fastinterp.execute.rounds import DeviceUsage, PumpExecutor, run_jobs
 from fastinterp.execute.sinks import Sinks
 from fastinterp.execute.sources import STREAM_BYTES, Sources, remedy
@@ -186,11 +187,13 @@ def opened(
     progress: Progress | None,
     devices: Sequence[Device] = (),
     or_cpu: bool = False,
+    read: str = "auto",
 ) -> Iterator[Run]:
     """Open a plan to run into `sinks`, on `devices` as far as these support its steps. A context manager: closes the
     files at the end.
 
     or_cpu  the CPU does what the devices leave when all of them failed; else that is an error
+    read    how inputs are read: see execute/reading.py
     Raises: UsageError, if the scratch does not fit `max_memory`; StorageError and OutputError, if a file cannot be
     opened.
     """
@@ -208,7 +211,7 @@ def opened(
         inputs = (tensor for stage in plan.stages for tensor in stage.inputs)
         sources = Sources(
             plan.checkpoints, inputs, stack, sinks.files, sinks.scratch, stream_bytes or STREAM_BYTES,
-            in_turns=not devices,
+            in_turns=not devices, is_mapped=is_mapped(read),
         )  # fmt: skip
         sinks.open(stack, isa)
         recipe = plan.recipes[0]
@@ -249,6 +252,7 @@ def run(
     devices: Sequence[Device] = (),
     or_cpu: bool = False,
     notes: Notes | None = None,
+    read: str = "auto",
 ) -> Done:
     """Run a plan. notes: goes on from what is finished, and notes what becomes so
 
@@ -258,8 +262,9 @@ def run(
     is left.
     """
     with opened(
-        plan, sinks, threads=threads, max_memory=max_memory, progress=progress, devices=devices, or_cpu=or_cpu
-    ) as running:
+        plan, sinks, threads=threads, max_memory=max_memory, progress=progress, devices=devices, or_cpu=or_cpu,
+        read=read,
+    ) as running:  # fmt: skip
         if notes is None:
             run_jobs([*running.jobs.values()], running.executor, running.others)
             return running.done()

@@ -9,12 +9,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastinterp.backends.cpu import SourceHandle, cached_fraction
+from fastinterp.backends.cpu import MappedFile, SourceHandle, cached_fraction
 from fastinterp.checkpoint import remote
 from fastinterp.checkpoint.open import changed_since
 from fastinterp.checkpoint.regular_file import close, write_all
 from fastinterp.checkpoint.remote import RemoteFile, opened
 from fastinterp.errors import NO_MEMORY, CheckpointError, FastinterpError, StorageError
+from fastinterp.execute.reading import mapped
 from fastinterp.execute.scales import refuse_scales
 from fastinterp.messages import counted, listed, size, tell
 from fastinterp.ops.dtypes import F32
@@ -40,6 +41,7 @@ class Sources:
     scratch  folder for computed rows of gathered embeddings and converted tensors; None: that for temporary files
     stream_bytes  memory for what is read of files elsewhere, while the run reads it
     in_turns  where the system does not allow so many open files, none is open yet: `turns` opens them
+    is_mapped  files are sources that kernels read in place
     Raises: StorageError, if a file cannot be opened.
     """
 
@@ -52,6 +54,7 @@ class Sources:
         scratch: Path | None = None,
         stream_bytes: int = STREAM_BYTES,
         in_turns: bool = False,
+        is_mapped: bool = False,
     ):
         every: dict[Hashable, TensorInput] = {}  # but for plain ones, of which a model may have very many
         needed: dict[Path, None] = {}
@@ -73,7 +76,7 @@ class Sources:
         self.handles: list[SourceHandle] = []
         self._checkpoints = [model.checkpoint for model in models if model.checkpoint is not None]
         self._number: dict[Path, int] = {}
-        self._scratch, self._stack = scratch, stack
+        self._scratch, self._stack, self._is_mapped = scratch, stack, is_mapped
         self._converted: tuple[int, int] | None = None  # number of the temporary file, and its size
         self._streams = _streams(elsewhere, list(every.values()), stream_bytes, stack) if elsewhere else None
         for path in needed:
@@ -84,14 +87,18 @@ class Sources:
                 self._number[path] = self.add(-1, path)
                 self._closed.add(self._number[path])
                 continue
-            with storage(path):
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            stack.callback(close, fd, path)
-            self._number[path] = self.add(fd, path)
+            self._number[path] = self.add(self._open(path, stack), path)
         self._operands: dict[Hashable, Operand] = {}
         for key, tensor in every.items():
             if tensor.plain is None:
                 self._operands[key] = tensor.open(self)
+
+    def _open(self, path: Path, stack: ExitStack) -> SourceHandle:
+        """A file, open until `stack` closes. Raises: StorageError."""
+        with storage(path):
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        stack.callback(close, fd, path)
+        return mapped(fd, path) if self._is_mapped else fd
 
     def elsewhere(self, number: int) -> RemoteFile | None:
         """The file elsewhere that is source `number`, if it is one."""
@@ -120,9 +127,7 @@ class Sources:
     def _turn(self, group: Sequence[TensorStep], needed: Iterable[int]) -> Iterator[Sequence[TensorStep]]:
         with ExitStack() as stack:
             for number in sorted(needed):
-                with storage(self.paths[number]):
-                    self.handles[number] = fd = os.open(self.paths[number], os.O_RDONLY | os.O_CLOEXEC)
-                stack.callback(close, fd, self.paths[number])
+                self.handles[number] = self._open(self.paths[number], stack)
                 stack.callback(self.handles.__setitem__, number, -1)
             yield group
 
@@ -209,7 +214,8 @@ class Sources:
         """Whether all files are known to be in the page cache, so that nothing needs to be read ahead."""
         if self._streams is not None or self.in_turns:
             return False
-        for fd, path in zip(self.handles, self.paths, strict=True):
+        for handle, path in zip(self.handles, self.paths, strict=True):
+            fd = handle.fd if isinstance(handle, MappedFile) else handle
             assert isinstance(fd, int)  # none is elsewhere
             with storage(path):
                 nbytes = os.fstat(fd).st_size

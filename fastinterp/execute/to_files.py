@@ -18,6 +18,7 @@ from fastinterp.errors import BackendError, FastinterpError, UsageError
 from fastinterp.execute.checksums import receipt_content, small_file
 from fastinterp.execute.input_files import input_files
 from fastinterp.execute.kept import acting_lines, asked_of, kept
+from fastinterp.execute.reading import reading_device
 from fastinterp.execute.report import OutputRecord, Report, RoundingEffect, records_of, report_on
 from fastinterp.execute.resume.identity import Identity, identity_of
 from fastinterp.execute.resume.session import Session, difference
@@ -50,17 +51,20 @@ def write_outputs(
     progress: Progress | None,
     edit_files: EditFiles | None = None,
     verify_kept: bool = False,
+    read: str = "auto",
 ) -> list[Report]:
     """Write the outputs of several plans. All of them are renamed into place at the end, one after the other.
 
     outs         a folder, or a file (`x.safetensors`), for each output of each plan
     edit_files   what is called with the small files of each output, contents or files to copy, before they are written
     verify_kept  where a run is resumed: compare all that it had written with its checksums, not a sample
+    read         how inputs are read: see execute/reading.py
     Raises: what `merge` does; OutputError names the outputs that were finished before it. If much work was done, it is
     left to be resumed, and the exception has an attribute `outcome`, which says so.
     """
     start = time.perf_counter()
     cpu_isa()  # an unusable FASTINTERP_ISA shows before a folder is made
+    device = reading_device(read, device, (name for plan in plans for name in plan.streamed))
     devices, chosen = devices_for(device, plans, threads, max_memory)
     or_cpu = bool(chosen)
     with ExitStack() as stack:
@@ -71,18 +75,18 @@ def write_outputs(
                 every = session.dones(cpu_isa(), cpu_threads(threads))
                 records = [records_of(plan, done.jobs) for plan, done in zip(plans, every, strict=True)]
             else:
-                work = partial(run, threads=threads, max_memory=max_memory, devices=devices, or_cpu=or_cpu)
+                work = partial(run, threads=threads, max_memory=max_memory, devices=devices, or_cpu=or_cpu, read=read)
                 synced = durable or force
                 every, records = _written(plans, folders, session, work, progress, edit_files, verify_kept, synced)
         except BaseException as error:
             session.leave([folder for of_plan in folders for folder in of_plan], error)
             raise
     wall = session.before + time.perf_counter() - start
-    read, written = sum(d.bytes_read for d in every), sum(d.bytes_written for d in every)
+    bytes_read, written = sum(d.bytes_read for d in every), sum(d.bytes_written for d in every)
     reports = []
     try:
         for plan, done, recorded, of_plan in zip(plans, every, records, folders, strict=True):
-            whole = replace(done, bytes_read=read, bytes_written=written)
+            whole = replace(done, bytes_read=bytes_read, bytes_written=written)
             pairs = zip(recorded, of_plan, strict=True)
             reports += [report_on(plan, whole, wall, k, record, folder) for k, (record, folder) in enumerate(pairs)]
     except FastinterpError as error:  # it looks at configurations of the inputs once more

@@ -25,13 +25,17 @@ def fill(
     max_memory: int,
     progress: Progress | None = None,
     devices: Sequence[Device] = (),
+    read: str = "auto",
 ) -> list[Report]:
     """Run the plan into memory, which its owner keeps alive meanwhile. Returns a report for each output.
 
     Raises: what run.run does.
     """
     start = time.perf_counter()
-    done = run(plan, MemorySinks(outputs), threads=threads, max_memory=max_memory, progress=progress, devices=devices)
+    done = run(
+        plan, MemorySinks(outputs), threads=threads, max_memory=max_memory, progress=progress, devices=devices,
+        read=read,
+    )  # fmt: skip
     wall = time.perf_counter() - start
     return [report_on(plan, done, wall, k, record) for k, record in enumerate(records_of(plan, done.jobs))]
 

@@ -12,6 +12,7 @@ from fastinterp.arguments import Checkpoint, dtype_named, optional_size, path_of
 from fastinterp.backends.registry import cpu_isa, cpu_threads, device_spec, find_devices
 from fastinterp.checkpoint.names import names_file
 from fastinterp.errors import OutputError, UsageError
+from fastinterp.execute.reading import reading_device
 from fastinterp.execute.run import fitting_outputs
 from fastinterp.execute.to_files import write_outputs
 from fastinterp.ops.combine import MAX_OUTPUTS
@@ -66,6 +67,7 @@ def sweep(
     force: bool = False,
     durable: bool = False,
     private: bool = False,
+    read: str = "auto",
     verify_kept: bool = False,
     progress: Progress | bool | None = None,
 ) -> list[Point]:
@@ -103,6 +105,7 @@ def sweep(
         a, b, alphas, add, grid, base=base, integers=integers, method=method, parameters=parameters or {},
         settings=settings,
     )  # fmt: skip
+    device = reading_device(read, device)
     spec, shown = device_spec(device), callback_of(progress)
     if in_memory is not None:
         if out is not None or virtual:
@@ -114,7 +117,7 @@ def sweep(
         most = None if max_memory is None else size_of(max_memory)
         return sweep_in_memory(
             points, in_memory, framework=framework, devices=find_devices(spec), threads=threads, max_memory=most,
-            progress=shown,
+            progress=shown, read=read,
         )  # fmt: skip
     target = path_of("" if out is None else out, "out")
     if not target:
@@ -132,7 +135,7 @@ def sweep(
     outs = [paths[at : at + len(p.recipes)] for at, p in zip(starts, plans, strict=True)]
     reports = write_outputs(
         plans, outs, device=device, threads=threads, max_memory=most, force=force, durable=durable,
-        verify_kept=verify_kept, progress=shown,
+        verify_kept=verify_kept, read=read, progress=shown,
     )  # fmt: skip
     done = zip(points, paths, reports, strict=True)
     return [replace(point, path=path, report=report) for point, path, report in done]

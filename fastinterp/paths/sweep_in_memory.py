@@ -9,6 +9,7 @@ from typing import Any
 from fastinterp.backends.cpu import Progress
 from fastinterp.backends.device import Device
 from fastinterp.errors import UsageError
+from fastinterp.execute.reading import reading_device
 from fastinterp.execute.to_memory import fill
 from fastinterp.in_memory.allocate import maker
 from fastinterp.ops.combine import MAX_OUTPUTS
@@ -30,6 +31,7 @@ def sweep_in_memory(
     threads: int | None,
     max_memory: int | None,
     progress: Progress | None,
+    read: str,
 ) -> list[Point]:
     """Merge the points and call `callback` for each. Returns the points with their reports and results.
 
@@ -39,7 +41,9 @@ def sweep_in_memory(
         raise UsageError(f"`in_memory` must be a function of a point and its tensors, got {callback!r}")
     maker(framework)
     recipes = [load_recipe(point.recipe) for point in points]
-    size = make_plan(recipes[:1], as_numbers=True).bytes_written
+    one = make_plan(recipes[:1], as_numbers=True)
+    reading_device(read, "cpu", one.streamed)
+    size = one.bytes_written
     most = available_memory() // 2 if max_memory is None else max_memory
     at_a_time = max(1, min(MAX_OUTPUTS, most // max(1, size)))
     done = []
@@ -47,7 +51,9 @@ def sweep_in_memory(
         plan = make_plan(recipes[first : first + at_a_time], as_numbers=True)
         allocated = [allocate(plan.tensors, framework) for _ in plan.recipes]
         places = [p for _, p in allocated]
-        reports = fill(plan, places, threads=threads, max_memory=_SCRATCH, progress=progress, devices=devices)
+        reports = fill(
+            plan, places, threads=threads, max_memory=_SCRATCH, progress=progress, devices=devices, read=read
+        )
         models = [tensors for tensors, _ in allocated]
         del allocated
         for k, report in enumerate(reports):

@@ -97,6 +97,7 @@ def replay(
     max_memory: str | int = "512MB",
     force: bool = False,
     durable: bool = False,
+    read: str = "auto",
     progress: Progress | bool | None = None,
     methods: tuple[Method, ...] = (),
 ) -> Replay:
@@ -125,7 +126,7 @@ def replay(
         edit_files = partial(_as_listed, made) if made.receipt is not None else None
         (report,) = write_outputs(
             [plan], [[target]], device=device, threads=threads, max_memory=size_of(max_memory), force=force,
-            durable=durable, progress=callback_of(progress), edit_files=edit_files,
+            durable=durable, read=read, progress=callback_of(progress), edit_files=edit_files,
         )  # fmt: skip
     try:
         result = Replay(report, _differences(made, open_output(target)), models=places)

@@ -114,20 +114,22 @@ def when_opened(monkeypatch, action: Callable[[], None]) -> None:
     monkeypatch.setattr(Sources, "__init__", opened)
 
 
+@pytest.mark.parametrize("read", ["pread", "mapped"])
 @pytest.mark.parametrize("keep", [0, 5000, 1_000_000])
-def test_input_that_is_cut_while_it_is_read(tmp_path, pair, monkeypatch, keep):
-    """Ends in an error that names the file: reads of a mapping would end in SIGBUS."""
+def test_input_that_is_cut_while_it_is_read(tmp_path, pair, monkeypatch, keep, read):
+    """Ends in an error that names the file."""
     file = pair[1] / "model-00001-of-00002.safetensors"
     when_opened(monkeypatch, lambda: os.truncate(file, keep))
     with pytest.raises(fastinterp.CheckpointError) as caught:
-        fastinterp.interpolate(pair[0], pair[1], 0.5, tmp_path / "out", threads=2)
+        fastinterp.interpolate(pair[0], pair[1], 0.5, tmp_path / "out", threads=2, read=read)
     assert f"{file}: only " in str(caught.value) and "while it was being read" in str(caught.value)
     assert caught.value.file == str(file)
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("read", ["pread", "mapped"])
 @pytest.mark.parametrize("how", ["replaced", "rewritten", "rewritten in secret", "removed"])
-def test_input_that_changes_while_it_is_read(tmp_path, pair, monkeypatch, how):
+def test_input_that_changes_while_it_is_read(tmp_path, pair, monkeypatch, how, read):
     file = pair[0] / "model-00002-of-00002.safetensors"
 
     def change() -> None:
@@ -147,7 +149,7 @@ def test_input_that_changes_while_it_is_read(tmp_path, pair, monkeypatch, how):
 
     when_opened(monkeypatch, change)
     with pytest.raises(fastinterp.CheckpointError) as caught:
-        fastinterp.interpolate(pair[0], pair[1], 0.5, tmp_path / "out", threads=2)
+        fastinterp.interpolate(pair[0], pair[1], 0.5, tmp_path / "out", threads=2, read=read)
     assert str(caught.value) == f"{file}: it changed while it was being read. Retry once nothing is writing to it"
     assert not (tmp_path / "out").exists()
 

@@ -249,7 +249,7 @@ def test_notes_that_do_not_fit_the_output_are_one_line_and_the_remedy_works(case
 @pytest.mark.parametrize("case", ["shards"], indirect=True)
 def test_threads_and_memory_are_not_part_of_what_is_computed(case):
     unfinished(case)
-    done = case.run("killed", "--threads", "1", "--max-memory", "64MB", "--quiet")
+    done = case.run("killed", "--threads", "1", "--max-memory", "64MB", "--read", "mapped", "--quiet")
     assert (done.returncode, done.stderr) == (0, "")
     assert case.outputs("killed") == case.files
 

@@ -26,6 +26,7 @@ from fastinterp.errors import RankError, UsageError
 from fastinterp.execute.distributed.peers import Peers, Rank
 from fastinterp.execute.distributed.unit_notes import kept_bytes, noted
 from fastinterp.execute.jobs.densities import Density
+from fastinterp.execute.reading import reading_device
 from fastinterp.execute.report import OutputRecord, Report, RoundingEffect, kept_line, records_of, report_on
 from fastinterp.execute.resume.identity import identity_of
 from fastinterp.execute.rounds import DeviceUsage
@@ -105,6 +106,7 @@ def carry_out(
     durable: bool,
     progress: Progress | None,
     verify_kept: bool = False,
+    read: str = "auto",
 ) -> list[Report] | None:
     """This process's part of writing the outputs of a plan: all ranks call it with the same arguments.
 
@@ -112,6 +114,7 @@ def carry_out(
     device    "cuda" is a different device for each process of a machine, as far as there are enough
     threads   number of threads of this process. None: its share of the machine's CPUs
     progress  called on rank 0, for all ranks together
+    read      how inputs are read: see execute/reading.py
 
     Returns the reports on rank 0 and None on the others, when the outputs are in place. If it ends before that, what is
     finished is kept under temporary names, and the same merge resumes from it.
@@ -121,7 +124,7 @@ def carry_out(
     cpu_isa()
     if threads is None:
         threads = max(1, cpu_threads() // me.local_world)
-    devices, chosen = devices_for(device, [plan], threads, max_memory, me.local)
+    devices, chosen = devices_for(reading_device(read, device), [plan], threads, max_memory, me.local)
     key, units, share = identity_of([plan]).key[:_KEY], _units(plan, me.world), None
     with Peers(me, "0") as peers, ExitStack() as stack:
         if me.rank == 0:
@@ -137,7 +140,7 @@ def carry_out(
             )
         work = _RankWork(
             plan, outs, key, peers, threads=threads, max_memory=max_memory, progress=progress, devices=devices,
-            or_cpu=bool(chosen), verify_kept=verify_kept,
+            or_cpu=bool(chosen), verify_kept=verify_kept, read=read,
         )  # fmt: skip
         records = work.run(units)
         if me.rank != 0:
@@ -216,10 +219,11 @@ class _RankWork:
     def __init__(
         self, plan: Plan, outs: Sequence[str | os.PathLike[str]], key: str, peers: Peers, *, threads: int,
         max_memory: int, progress: Progress | None, devices: Sequence[Device], or_cpu: bool, verify_kept: bool,
+        read: str,
     ):  # fmt: skip
         self._plan, self._outs, self._key, self._peers = plan, outs, key, peers
         self._threads, self._max_memory, self._progress = threads, max_memory, progress
-        self._devices, self._or_cpu, self._verify_kept = devices, or_cpu, verify_kept
+        self._devices, self._or_cpu, self._verify_kept, self._read = devices, or_cpu, verify_kept, read
         self._total = plan.bytes_read + plan.bytes_made + plan.bytes_written
 
     def run(self, units: Sequence[Unit]) -> list[dict[str, Any]]:
@@ -273,7 +277,7 @@ class _RankWork:
             done = run(
                 plan, FileSinks(plan, paths, synced=True), threads=self._threads, max_memory=self._max_memory,
                 progress=lambda of_unit, _: self._report(before + of_unit - self._peers.bytes_done),
-                devices=self._devices, or_cpu=self._or_cpu, notes=notes,
+                devices=self._devices, or_cpu=self._or_cpu, notes=notes, read=self._read,
             )  # fmt: skip
             self._peers.bytes_done = before + done.bytes_read + done.bytes_written
             record = {"files": list(unit.files), **_record(plan, done)}
