@@ -4,7 +4,8 @@
 
 MODEL_A and MODEL_B are folders with model.safetensors. --mbytes limits the link, all connections together, to so many
 MB/s; 0: not at all. Prints seconds of the two curls in parallel, into files and into nothing, and of `fastinterp
-interpolate` with the start of its process; and the load of the machine. The server sends by sendfile.
+interpolate` with the start of its process, each with the seconds of processors of clients and server; and the load of
+the machine. The server sends by sendfile.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shutil
 import socket
 import statistics
 import subprocess
@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 _AT_A_TIME = 256 << 10  # bytes
 
@@ -76,14 +77,44 @@ class Link:
                 time.sleep(pause)
 
 
-def seconds(commands: list[list[str]]) -> float:
-    """Of commands in parallel."""
-    start = time.perf_counter()
-    running = [subprocess.Popen(command) for command in commands]
-    codes = [process.wait() for process in running]
-    if any(codes):
-        raise SystemExit(f"a command failed: {codes}")
-    return time.perf_counter() - start
+class Took(NamedTuple):
+    """Seconds. wall: from the first start to the last end. clients, server: of processors, in commands and here."""
+
+    wall: float
+    clients: float
+    server: float
+
+    @property
+    def processors(self) -> float:
+        return self.clients + self.server
+
+    def __str__(self) -> str:
+        return f"{self.wall:.2f} s ({self.clients:.2f} + {self.server:.2f})"
+
+
+def took(commands: list[list[str]], environment: dict[str, str] | None = None) -> Took:
+    """Of commands in parallel, while this process serves them."""
+    start, before = time.perf_counter(), time.process_time()
+    running = [subprocess.Popen(command, env=environment) for command in commands]
+    clients = 0.0
+    for process in running:
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        clients += usage.ru_utime + usage.ru_stime
+    if any(process.returncode for process in running):
+        raise SystemExit(f"a command failed: {[process.returncode for process in running]}")
+    return Took(time.perf_counter() - start, clients, time.process_time() - before)
+
+
+def curls(urls: list[str], targets: list[str]) -> Took:
+    """One for each model, in parallel."""
+    pairs = zip(urls, targets, strict=True)
+    return took([["curl", "-sf", "-o", target, f"{url}/model.safetensors"] for url, target in pairs])
+
+
+def merge(urls: list[str], folder: str, environment: dict[str, str]) -> Took:
+    program = [sys.executable, "-m", "fastinterp", "interpolate"]
+    return took([[*program, *urls, f"{folder}/out", "--alpha", "0.5", "--quiet"]], environment)
 
 
 def main() -> None:
@@ -95,36 +126,27 @@ def main() -> None:
     given = parser.parse_args()
     link = Link({"a": given.models[0], "b": given.models[1]}, given.mbytes * 1e6)
     urls = [f"{link.url}/{name}" for name in "ab"]
-    ratios: dict[str, list[float]] = {"into files": [], "into nothing": []}
-    for _ in range(given.runs):
-        with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-            targets = [[f"{folder}/{name}" for name in "ab"], [os.devnull] * 2]
-            took = [
-                seconds(
-                    [["curl", "-sf", "-o", to, f"{url}/model.safetensors"] for url, to in zip(urls, of, strict=True)]
-                )
-                for of in targets
-            ]
-            shutil.rmtree(folder)
-            os.mkdir(folder)
-            merge = [
-                sys.executable,
-                "-m",
-                "fastinterp",
-                "interpolate",
-                *urls,
-                f"{folder}/out",
-                "--alpha",
-                "0.5",
-                "--quiet",
-            ]
-            own = seconds([merge])
-        for name, curls in zip(ratios, took, strict=True):
-            ratios[name].append(curls / own)
-        load = os.getloadavg()[0]
-        print(f"curl {took[0]:.2f} s into files, {took[1]:.2f} s into nothing; merge {own:.2f} s; load {load:.1f}")
-    for name, found in ratios.items():
-        print(f"rate of the merge relative to curl {name}: {statistics.median(found):.2f}")
+    runs: list[tuple[Took, Took, Took]] = []
+    with tempfile.TemporaryDirectory() as compiled:  # as pip compiles what it installs
+        environment = {**os.environ, "PYTHONPYCACHEPREFIX": compiled}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
+        for run in range(-1, given.runs):  # the first one compiles, and is not counted
+            with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+                if run < 0:
+                    merge(urls, folder, environment)
+                    continue
+                files = curls(urls, [f"{folder}/{name}" for name in "ab"])
+                nothing = curls(urls, [os.devnull] * 2)
+                for name in "ab":
+                    os.remove(f"{folder}/{name}")
+                own = merge(urls, folder, environment)
+            runs.append((files, nothing, own))
+            load = os.getloadavg()[0]
+            print(f"curl {files} into files, {nothing} into nothing; merge {own}; load {load:.1f}", flush=True)
+    for number, name in enumerate(("files", "nothing")):
+        wall = statistics.median(run[number].wall / run[2].wall for run in runs)
+        processors = statistics.median(run[number].processors / run[2].processors for run in runs)
+        print(f"rate of the merge relative to curl into {name}: {wall:.2f}; by processor time {processors:.2f}")
 
 
 if __name__ == "__main__":

@@ -81,6 +81,7 @@ bool RangeCache::make_room(bool demanded) {
       if (!best || (used != (best->read > 0) ? used : used != later)) best = &cell, of = &file, victim = number;
     }
   if (!best) return false;
+  spare_.push_back(std::move(of->cells.at(victim).bytes));
   of->cells.erase(victim);
   --held_;
   return true;
@@ -100,7 +101,12 @@ bool RangeCache::take(double seconds, Claim* claim) {
       if (!make_room(cell.demanded)) break;
       queue_.pop_front();
       const int64_t offset = number * cell_bytes_, bytes = std::min(cell_bytes_, file.size - offset);
-      cell.bytes.reset(new char[size_t(bytes)]);
+      if (spare_.empty()) {
+        cell.bytes.reset(new char[size_t(cell_bytes_)]);
+      } else {
+        cell.bytes = std::move(spare_.back());
+        spare_.pop_back();
+      }
       cell.state = State::fetching;
       ++held_;
       *claim = {file_index, offset, bytes, cell.bytes.get()};

@@ -67,8 +67,9 @@ class RangeCache {
   const int64_t cell_bytes_;
   const size_t most_cells_;
   std::vector<File> files_;
-  std::deque<std::pair<int, int64_t>> queue_;  // cells that are wanted, by file; those that a reader waits for first
-  size_t held_ = 0;                            // cells that have memory
+  std::deque<std::pair<int, int64_t>> queue_;   // cells that are wanted, by file; those that a reader waits for first
+  size_t held_ = 0;                             // cells that have memory
+  std::vector<std::unique_ptr<char[]>> spare_;  // of cells that made room: their pages are there already
   int64_t turn_ = 0;
   std::atomic<int64_t> fetched_{0};
   std::atomic<bool> stopped_{false};

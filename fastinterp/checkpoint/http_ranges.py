@@ -6,6 +6,7 @@ import atexit
 import http.client
 import os
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote, urljoin, urlsplit
 
 from fastinterp._version import __version__
+from fastinterp.checkpoint.http_body import received
 from fastinterp.checkpoint.retries import tell_retry
 from fastinterp.errors import CheckpointError, StorageError
 
@@ -148,13 +150,11 @@ class HttpFile:
         try:
             answer = self._request("GET", {"Range": f"bytes={first}-{last}"})
             self._check(answer, first, last)
-            while done < len(view):
-                got = answer.readinto(view[done:])
-                if not got:
-                    raise _Again(f"the connection was closed {len(view) - done} bytes early")
-                done += got
-                self._threads.done = done
-            answer.read()  # nothing is left: the connection can be used again
+            start = done
+            for got in received(answer, _connections.socket_of(self._location), view[start:]):
+                self._threads.done = done = start + got
+            if done < len(view):
+                raise _Again(f"the connection was closed {len(view) - done} bytes early")
         except (OSError, http.client.HTTPException) as error:
             raise _Again(f"reading {last - first + 1} bytes at {first} failed ({describe(error)})") from None
         return done
@@ -272,6 +272,12 @@ class _Connections(threading.local):
                 self.of.pop(next(iter(self.of)))[0].close()
             self.of[scheme, netloc] = _connect(scheme, netloc)
         return self.of[scheme, netloc]
+
+    def socket_of(self, url: str) -> socket.socket | None:
+        """The socket of the connection to an address; None, if that ends with its answer."""
+        parts = urlsplit(url)
+        kept = self.of.get((parts.scheme, parts.netloc))
+        return None if kept is None else kept[0].sock
 
     def close(self) -> None:
         self.of.close()

@@ -1,0 +1,54 @@
+"""The body of an answer of HTTP, received into memory that is there already."""
+
+from __future__ import annotations
+
+import http.client
+import math
+import socket
+import struct
+from collections.abc import Iterator
+
+
+def received(answer: http.client.HTTPResponse, sock: socket.socket | None, view: memoryview) -> Iterator[int]:
+    """Fill `view` with the body of an answer. Yields after each piece how many bytes are there so far; ends early where
+    the connection was closed.
+
+    sock  of the answer, with a timeout; None: it has none that can be read beside http.client
+    Raises: OSError and HTTPException of the connection; TimeoutError.
+    """
+    done, direct = 0, type(sock) is socket.socket and answer.length == len(view)  # no TLS, no chunks
+    while done < len(view):
+        if not direct:
+            got = answer.readinto(view[done:])
+        elif done == 0:
+            some = len(answer.fp.peek())  # what came with the headers: all that http.client has taken from the socket
+            got = answer.fp.readinto(view[:some])
+        else:
+            assert sock is not None
+            got = _receive(sock, view[done:])
+        if not got:
+            return
+        done += got
+        yield done
+    if direct:
+        answer.length = 0
+    answer.read()  # nothing is left: the connection can be used again
+
+
+def _receive(sock: socket.socket, view: memoryview) -> int:
+    """Fill `view` from a socket with a timeout. Returns how many bytes came until that, or until it was closed.
+
+    This is one call of the system for all of them, without the interpreter's lock, where http.client calls Python for
+    every piece that is there.
+    Raises: OSError; TimeoutError, if none came.
+    """
+    timeout = sock.gettimeout() or 0.0
+    fraction, seconds = math.modf(timeout)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(seconds), int(fraction * 1e6)))
+    sock.settimeout(None)  # only so does the system wait for all
+    try:
+        return sock.recv_into(view, flags=socket.MSG_WAITALL)
+    except BlockingIOError:
+        raise TimeoutError from None
+    finally:
+        sock.settimeout(timeout)
