@@ -148,8 +148,9 @@ FI_RARE void some_of_unit(const AnyPiece& piece, const AnyRow& row, int64_t from
 }
 
 // In float32, of pieces that have units.
+template <int kBytes>
 FI_KERNEL(kThreads, 2)
-any_units(FI_ARGUMENT Table table) {
+any_units(FI_ARGUMENT TableOf<kBytes> table) {
   FI_SHARED uint32_t words[kSpan];
   uint32_t tile;
   const AnyPiece& piece = entry_of_block<AnyPiece>(table, &tile);
@@ -306,8 +307,10 @@ void launch_any(Queue* queue, bool wide, std::vector<Job> jobs) {
     const auto rest = std::partition(jobs.begin(), jobs.end(), [](const Job& job) { return !lies_in_units(job); });
     const auto add_units = [](const Job& job, TableWriter* table) { return add_any(job, unit_tiles(*job.sum), table); };
     launch_jobs(std::vector<Job>(rest, jobs.end()), add_units, [queue](const TableWriter& writer) {
-      const Table& table = writer.table();
-      FI_LAUNCH(any_units, writer.tiles(), kThreads, queue->stream(), table);
+      launch_table(writer, [&](const auto& table) {
+        constexpr int kBytes = std::decay_t<decltype(table)>::kSize;
+        FI_LAUNCH((any_units<kBytes>), writer.tiles(), kThreads, queue->stream(), table);
+      });
       check_launch("combine", queue->device());
     });
     jobs.erase(rest, jobs.end());

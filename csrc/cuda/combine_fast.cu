@@ -116,9 +116,9 @@ FI_RARE void fast_tail(const FastPiece<N>& piece, int64_t at) {
   }
 }
 
-template <DType D, int N>
+template <DType D, int N, int kBytes>
 FI_KERNEL(kThreads, kResident<N>)
-fast(FI_ARGUMENT Table table) {
+fast(FI_ARGUMENT TableOf<kBytes> table) {
   constexpr int kU = kUnroll<N>, kE = kElements<D>;
   uint32_t tile;
   const FastPiece<N>& piece = entry_of_block<FastPiece<N>>(table, &tile);
@@ -181,8 +181,10 @@ bool add_fast(const Job& job, TableWriter* table) {
 template <DType D, int N>
 void launch(Queue* queue, std::vector<Job> jobs) {
   launch_jobs(std::move(jobs), add_fast<D, N>, [queue](const TableWriter& writer) {
-    const Table& table = writer.table();
-    FI_LAUNCH((fast<D, N>), writer.tiles(), kThreads, queue->stream(), table);
+    launch_table(writer, [&](const auto& table) {
+      constexpr int kBytes = std::decay_t<decltype(table)>::kSize;
+      FI_LAUNCH((fast<D, N, kBytes>), writer.tiles(), kThreads, queue->stream(), table);
+    });
     check_launch("combine", queue->device());
   });
 }

@@ -46,6 +46,15 @@ void launch_any(Queue* queue, bool wide, std::vector<Job> jobs);
 // Samples of what the other two have stored.
 void launch_samples(Queue* queue, bool wide, std::vector<Job> jobs);
 
+// Calls launch(table) with the small table, if all fits into it.
+template <class Launch>
+void launch_table(const TableWriter& writer, Launch launch) {
+  if (writer.fits_small())
+    launch(writer.small());
+  else
+    launch(writer.table());
+}
+
 // Puts jobs into tables by `add`, and each full table into the queue by `launch`. A job that fits into no table is done
 // some rows at a time.
 template <class Add, class Launch>

@@ -8,9 +8,10 @@ from fastinterp.backends.registry import how_to_build, maybe_driver
 from fastinterp.errors import BackendError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from types import ModuleType
 
-    from fastinterp.backends.device import Buffer, Queue
+    from fastinterp.backends.device import Buffer, Piece, PreparedSums, Queue
     from fastinterp.ops.steps import Step
 
 
@@ -84,6 +85,10 @@ class CudaDevice:
     def queue(self, handle: int | None = None) -> Queue:
         queue: Queue = self._native.queue(handle)
         return queue
+
+    def prepare(self, pieces: Sequence[Piece]) -> PreparedSums:
+        prepared: PreparedSums = _native().PreparedSums(pieces)
+        return prepared
 
     def refuses(self, step: Step) -> str | None:
         if step.kind not in self._kinds:

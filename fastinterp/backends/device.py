@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from fastinterp.ops.combine import Row
 from fastinterp.ops.steps import Step, SumStep
 
 
@@ -105,6 +106,14 @@ class Queue(Protocol):
         ...
 
 
+class PreparedSums(Protocol):
+    """Weighted sums of which only the row is to be told, again and again: `Device.prepare`."""
+
+    def run(self, queue: Queue, row: Row) -> None:
+        """Enqueue the sums in a queue of the device, all with this row. Nothing is allocated, and nothing answers."""
+        ...
+
+
 class Device(Protocol):
     """One accelerator. All methods may raise BackendError, which names call, device and bytes; OutOfMemory, if a buffer
     cannot be allocated."""
@@ -120,6 +129,13 @@ class Device(Protocol):
     def host(self, nbytes: int) -> Buffer: ...
     def queue(self, handle: int | None = None) -> Queue:
         """A new stream, or the one with this handle (0: the default one)."""
+        ...
+
+    def prepare(self, pieces: Sequence[Piece]) -> PreparedSums:
+        """Pieces of Combine steps with one output each and without statistics, of which the rows do not count.
+
+        Rows of `run` number the inputs of each piece.
+        """
         ...
 
     def refuses(self, step: Step) -> str | None:

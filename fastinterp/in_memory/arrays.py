@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastinterp.backends.torch_device import current_queue
+from fastinterp.backends.waiting import wait
 from fastinterp.errors import UsageError
 from fastinterp.in_memory.allocate import numpy_dtype, torch_dtype
 from fastinterp.ops.dtypes import DTYPES, DType, parse_dtype
@@ -40,6 +42,13 @@ class NumpyArrays:
     def export(x: Any, like: Any) -> Any:
         """A new array as one of the caller's library. like: an array of the caller's."""
         return x
+
+    @staticmethod
+    def written(x: Any, out: Any) -> None:
+        """Order what the caller's library does next after what was put into torch's current stream.
+
+        x    what was written, as `prepare` made it of `out`, an array of the caller's
+        """
 
     @staticmethod
     def device(x: Any) -> Any:
@@ -99,6 +108,10 @@ class TorchTensors:
     @staticmethod
     def export(x: Any, like: Any) -> Any:
         return x
+
+    @staticmethod
+    def written(x: Any, out: Any) -> None:
+        pass
 
     @staticmethod
     def device(x: Any) -> Any:
@@ -170,7 +183,8 @@ class TorchTensors:
 class DLPackArrays(TorchTensors):
     """Arrays of any library with `__dlpack__`, exchanged as torch tensors.
 
-    Their library orders what it has put into its streams before torch's current stream.
+    An exchange orders streams: what gives an array before the current stream of what takes it. So the library has done
+    what it had put in before torch's current stream goes on; and comes after that stream when it gets the result.
     """
 
     @staticmethod
@@ -191,13 +205,28 @@ class DLPackArrays(TorchTensors):
     @staticmethod
     def export(x: Any, like: Any) -> Any:
         """Raises: UsageError, if the library of `like` does not take arrays by DLPack."""
-        if hasattr(like, "__array_namespace__"):
-            library = like.__array_namespace__()
-        else:
-            library = sys.modules[type(like).__module__.partition(".")[0]]
+        library = _namespace(like)
         if not hasattr(library, "from_dlpack"):
             raise UsageError(f"{library.__name__} has no from_dlpack. Give `out`, or torch tensors")
         return library.from_dlpack(x)
+
+    @staticmethod
+    def written(x: Any, out: Any) -> None:
+        """Raises: BackendError, if the library takes no arrays, and what was put in fails, which is waited for then."""
+        if x is out or x.device.type == "cpu":
+            return
+        library = _namespace(out)
+        if hasattr(library, "from_dlpack"):
+            library.from_dlpack(x)
+        else:
+            wait(current_queue(x.device).record())
+
+
+def _namespace(x: Any) -> Any:
+    """The module with the functions of an array's library."""
+    if hasattr(x, "__array_namespace__"):
+        return x.__array_namespace__()
+    return sys.modules[type(x).__module__.partition(".")[0]]
 
 
 Library = type[NumpyArrays] | type[TorchTensors]

@@ -9,6 +9,7 @@ from fastinterp.backends.cpu import Handle, PumpOptions, survey
 from fastinterp.backends.device import Piece
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.backends.torch_device import capturing, common_device, current_queue
+from fastinterp.backends.waiting import wait
 from fastinterp.errors import BackendError, ShapeError, StorageError
 from fastinterp.in_memory.arrays import ArrayView, TorchTensors
 from fastinterp.ops.operands import Stored
@@ -60,7 +61,7 @@ def _on_device(device: Any, groups: Sequence[Sequence[ArrayView]], numel: int) -
         for group in groups
     ]
     pending = queue.run(pieces)
-    queue.record().wait()
+    wait(queue.record())
     return [answer.answer() for answer in pending]
 
 

@@ -88,6 +88,8 @@ def weighted_sum(
     labelled = [*((f"array {i}", x) for i, x in enumerate(inputs)), ("out", result)]
     device = common_device([(label, library.device(x)) for label, x in labelled])
     _compute(views, row, target, device, threads)
+    if out is not None:
+        library.written(result, out)
     return library.export(result, terms[0]) if out is None else out
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.backends.torch_device import current_queue
+from fastinterp.backends.waiting import wait
 from fastinterp.checkpoint.quantised import quantised_tensors
 from fastinterp.errors import BackendError, CheckpointError, UsageError
 from fastinterp.execute.jobs.tensor_io import TensorIO
@@ -209,7 +210,7 @@ class Live:
                 self._open = False
                 self._stack.close()
                 if self._device is not None:  # what is in its queues uses memory that is let go
-                    current_queue(self._device).record().wait()
+                    wait(current_queue(self._device).record())
                 del self._operands, self._writer, self._original
 
     def __enter__(self) -> Live:

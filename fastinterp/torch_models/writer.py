@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from msgspec.structs import replace
-
 from fastinterp.backends.cpu import Handle, SumRow
-from fastinterp.backends.device import Piece
-from fastinterp.backends.torch_device import current_queue
+from fastinterp.backends.device import PreparedSums as DeviceSums
+from fastinterp.backends.torch_device import current_queue, device_of
 from fastinterp.execute.jobs.tensor_io import TensorIO
 from fastinterp.ops.combine import Row, renumbered
 from fastinterp.torch_models.endpoint_operands import EndpointOperands
@@ -26,7 +24,7 @@ class ModuleWriter:
         self._places = [io for io in places if io.numel]
         self._all_on_device = operands.all_on_device
         self._prepared = operands.prepared(self._places, sinks)
-        self._ready: dict[tuple[int, ...], list[Piece]] = {}  # pieces by the inputs that they read
+        self._on_device: dict[tuple[int, ...], DeviceSums] = {}  # sums by the inputs that they read
 
     def write(self, row: Row) -> None:
         """Write the same sum of each tensor's operands. On a device that has them all it is one launch, which is not
@@ -39,10 +37,10 @@ class ModuleWriter:
         if not self._all_on_device:
             self._operands.executor(self._sinks).run([io.combine([row], [0]) for io in self._places])
             return
+        if not self._places:
+            return
         inputs, (renumbered_row,) = renumbered([row])
-        if inputs not in self._ready:
-            steps = [io.combine([row], [0]) for io in self._places]
-            self._ready[inputs] = self._operands.resident(self._sinks).pieces(steps)
-        if self._places:
-            pieces = [replace(piece, step=replace(piece.step, rows=(renumbered_row,))) for piece in self._ready[inputs]]
-            current_queue(self._operands.device).run(pieces)
+        if inputs not in self._on_device:
+            pieces = self._operands.resident(self._sinks).pieces([io.combine([row], [0]) for io in self._places])
+            self._on_device[inputs] = device_of(self._operands.device).prepare(pieces)
+        self._on_device[inputs].run(current_queue(self._operands.device), renumbered_row)

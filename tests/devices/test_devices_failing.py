@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import os
+import signal
 import threading
 from typing import Any
 
@@ -16,7 +17,7 @@ from fastinterp.execute.device import worker
 from tests.support.checkpoints import recipe, write
 from tests.support.devices import fake_device
 from tests.support.devices.device_merges import KB, METHODS, SLOT, models, small
-from tests.support.devices.fake_device import FakeDevice, Fault
+from tests.support.devices.fake_device import FakeDevice, Fault, running
 from tests.support.processes import interruptible
 from tests.support.written import tree
 
@@ -155,6 +156,36 @@ def test_a_signal_ends_all_threads(tmp_path, ends, use, monkeypatch):
         fastinterp.merge(METHODS["linear"](ends), tmp_path / "out", device="cuda:0,1")
     assert not (tmp_path / "out").exists()
     assert all(d.held == {"host": 0, "memory": 0} for d in found)
+
+
+def test_a_device_that_hangs_is_left_at_the_second_interrupt(tmp_path, ends, use, monkeypatch):
+    """The first waits for what the device has in hand; where that never ends, the next one gives it up."""
+    (found,) = use(FakeDevice())
+    goes_on, threads = threading.Event(), running()
+    interrupts: list[threading.Timer] = []
+    compute = fake_device.computed
+
+    def hanging(piece: Any) -> Any:
+        if not interrupts:
+            for _ in range(2):
+                at = 0.3 + 0.7 * len(interrupts)
+                interrupts.append(threading.Timer(at, os.kill, (os.getpid(), signal.SIGINT)))
+                interrupts[-1].start()
+        assert goes_on.wait(60)
+        return compute(piece)
+
+    monkeypatch.setattr(fake_device, "computed", hanging)
+    monkeypatch.setattr(machine, "_HANGS_S", 0.3)
+    with interruptible(), pytest.raises(KeyboardInterrupt):
+        fastinterp.merge(METHODS["linear"](ends), tmp_path / "out", device="cuda:0")
+    assert len(interrupts) == 2 and not any(timer.is_alive() for timer in interrupts)
+    left = running() - threads
+    assert left and all(thread.daemon for thread in left)  # the program can end
+    assert found.held["memory"]  # which the device may write into
+    assert not [*tmp_path.glob("out/*.safetensors")]
+    goes_on.set()
+    for thread in left:
+        thread.join(60)
 
 
 def test_memory_is_freed_after_copies_that_an_exception_left(tmp_path, ends, use, monkeypatch):

@@ -166,6 +166,28 @@ def test_arrays_with_dlpack():
     assert bits(merged.x) == bits(fastinterp.merge_tensors(xs, "ties", base=BASE, parameters={"weight": 1.0}))
 
 
+def test_the_library_of_out_comes_after_the_sum(device: HostDevice, streams: Streams, monkeypatch: pytest.MonkeyPatch):
+    """Its next work waits for torch's stream: by an exchange that orders the streams, else on the host."""
+    given: list[Any] = []
+
+    class OnDevice(Foreign):
+        def __dlpack__(self, **keys: Any) -> Any:
+            return self.x
+
+    monkeypatch.setattr(torch, "from_dlpack", lambda x: x.__dlpack__())
+    monkeypatch.setattr(Library, "from_dlpack", staticmethod(given.append))
+    xs, out = [OnDevice(moved(x)) for x in TUNES], OnDevice(moved(torch.zeros(33, 65)))
+    assert fastinterp.weighted_sum(xs, [1, 2, 3], out=out) is out
+    assert given == [out.x] and device.waits == 0
+    with streams.on(77):
+        monkeypatch.delattr(Library, "from_dlpack")
+        fastinterp.weighted_sum(xs, [1, 2, 3], out=out)
+    assert given == [out.x] and device.waits == 1
+    assert bits(out.x) == bits(fastinterp.weighted_sum(TUNES, [1, 2, 3]))
+    with pytest.raises(UsageError, match=r"has no from_dlpack\. Give `out`, or torch tensors"):
+        fastinterp.weighted_sum(xs, [1, 2, 3])
+
+
 def test_arrays_that_dlpack_does_not_give():
     class Broken(Foreign):
         def __dlpack__(self, **keys: Any) -> Any:

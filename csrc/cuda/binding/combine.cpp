@@ -1,6 +1,7 @@
 #include "../combine.h"
 
 #include "pieces.h"
+#include "prepared.h"
 
 namespace py = pybind11;
 
@@ -38,11 +39,7 @@ Sum sum_of(const ParsedPiece& piece) {
 Pendings run(Queue* queue, const Pieces& pieces) {
   std::vector<Sum> sums;
   for (const ParsedPiece& piece : pieces) sums.push_back(sum_of(piece));
-  std::vector<SumStats> stats;
-  {
-    const py::gil_scoped_release release;
-    stats = combine(queue, sums);
-  }
+  std::vector<SumStats> stats = combine(queue, sums);
   Pendings pendings;
   for (SumStats& s : stats) pendings.push_back(std::make_shared<PendingSum>(std::move(s)));
   return pendings;
@@ -51,6 +48,32 @@ Pendings run(Queue* queue, const Pieces& pieces) {
 }  // namespace
 
 const Kind kCombine = {StepKind::kCombine, run};
+
+PreparedSums::PreparedSums(const py::iterable& pieces) {
+  for (const py::handle object : pieces) {
+    const ParsedPiece piece = parse_piece(object);
+    if (piece.step.kind != StepKind::kCombine || piece.out.size() != 1 || piece.stats_every)
+      throw py::value_error("sums of one output each, without statistics, can be prepared");
+    if (!sums_.empty() && sums_[0].x.size() != piece.x.size())
+      throw py::value_error("sums that are prepared together need equally many inputs");
+    sums_.push_back(sum_of(piece));
+  }
+}
+
+void PreparedSums::run(Queue* queue, const py::handle& row) {
+  if (sums_.empty()) return;
+  const ParsedRow parsed = parse_row(row, sums_[0].x.size());
+  const py::gil_scoped_release release;
+  const OnDevice on(queue->device());
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (Sum& sum : sums_) {
+    SumRow& own = sum.rows[0];
+    own.pivot = parsed.pivot;
+    own.total = parsed.total;
+    own.terms.assign(parsed.terms.begin(), parsed.terms.end());
+  }
+  combine(queue, sums_);
+}
 
 }  // namespace cuda
 }  // namespace fi

@@ -46,7 +46,6 @@ std::shared_ptr<Pending> no_sums(int64_t groups, int64_t reals, int64_t counts) 
 std::shared_ptr<Pending> folded(Queue* queue, const FoldTask& parts, int64_t groups, int64_t reals, int64_t counts,
                                 const char* kernel, const std::function<void(double*)>& fill) {
   const int64_t parts_size = parts.rows * parts.count * parts.width;
-  const py::gil_scoped_release release;
   const Scratch scratch(queue, (parts_size + fold_scratch(parts)) * int64_t(sizeof(double)), "sums");
   double* const sums = static_cast<double*>(scratch.at());
   fill(sums);

@@ -94,7 +94,6 @@ std::shared_ptr<Pending> run_one(Queue* queue, const ParsedPiece& piece) {
   for (const ParsedBracket& b : brackets) task.wide = task.wide || (!scores && piece.in[size_t(b.input)] == DType::F64);
   const int64_t elements = find_strips(piece, &task);
   auto pending = std::make_shared<Histograms>(brackets, elements);
-  const py::gil_scoped_release release;
   const Scratch scratch(queue, pending->bytes(), "counts");
   queue->zero(scratch.at(), pending->bytes());
   task.counts = static_cast<int64_t*>(scratch.at());

@@ -56,7 +56,6 @@ std::shared_ptr<Pending> run_one(Queue* queue, const ParsedPiece& piece) {
   }
   auto pending = std::make_shared<SampledOutputs>(piece);
   if (piece.numel == 0) return pending;
-  const py::gil_scoped_release release;
   pending->prepare(queue);
   for (size_t k = 0; k < tasks.size(); ++k) {
     tasks[k].stats = pending->of(k);

@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "pieces.h"
+#include "prepared.h"
 
 namespace py = pybind11;
 
@@ -30,8 +31,12 @@ fi::cuda::Pendings run(Queue* queue, const py::iterable& pieces) {
   fi::cuda::Pieces some;
   const auto flush = [&] {
     if (some.empty()) return;
-    const fi::cuda::OnDevice on(queue->device());
-    const fi::cuda::Pendings pending = kind_of(some[0].step.kind).run(queue, some);
+    const Kind& kind = kind_of(some[0].step.kind);
+    const fi::cuda::Pendings pending = [&] {
+      const py::gil_scoped_release release;
+      const fi::cuda::OnDevice on(queue->device());
+      return kind.run(queue, some);
+    }();
     all.insert(all.end(), pending.begin(), pending.end());
     some.clear();
   };
@@ -110,6 +115,9 @@ PYBIND11_MODULE(_cuda, m) {
       .def("run", &run, py::arg("pieces"))
       .def("record", &Queue::record, Free())
       .def("after", &Queue::after, py::arg("event"), Free());
+  py::class_<fi::cuda::PreparedSums>(m, "PreparedSums", local)
+      .def(py::init<const py::iterable&>(), py::arg("pieces"))
+      .def("run", &fi::cuda::PreparedSums::run, py::arg("queue"), py::arg("row"));
   py::class_<Device>(m, "Device", local)
       .def(py::init<int>(), py::arg("index"))
       .def_property_readonly("label", [](const Device& d) { return fi::cuda::device_label(d.index); })

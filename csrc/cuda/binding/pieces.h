@@ -42,8 +42,8 @@ class Pending {
 using Pieces = std::vector<ParsedPiece>;
 using Pendings = std::vector<std::shared_ptr<Pending>>;
 
-// A kind of piece. `run` enqueues the work of one or more pieces of it, and returns the result of each. It holds the
-// GIL, and releases it during calls of CUDA.
+// A kind of piece. `run` enqueues the work of one or more pieces of it, and returns the result of each. It is called
+// without the GIL: calls of CUDA may wait, and copies of weights take their time.
 struct Kind {
   StepKind kind;
   Pendings (*run)(Queue*, const Pieces&);

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fastinterp.backends.device import Pending, Piece
+from fastinterp.backends.prepared import PreparedPieces
 from fastinterp.errors import BackendError, OutOfMemory
 from fastinterp.ops.steps import Step
 from fastinterp.system.available_memory import available_memory
@@ -136,6 +137,9 @@ class TritonDevice:
             if handle == 0:
                 return TritonQueue(self, torch.cuda.default_stream(self.index))
             return TritonQueue(self, torch.cuda.ExternalStream(handle, self.index))
+
+    def prepare(self, pieces: Sequence[Piece]) -> PreparedPieces:
+        return PreparedPieces(pieces)
 
     def refuses(self, step: Step) -> str | None:
         from fastinterp.backends.triton.pieces import refuses

@@ -5,7 +5,7 @@ Imported only where a device is named, or `--device auto` chose one.
 
 from __future__ import annotations
 
-import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -26,6 +26,7 @@ from fastinterp.ops.steps import Combine, CopyEqual, Histogram, MaskedSum, Step
 SLOTS, SLOT_BYTES = 8, 16 << 20
 _LEAST_BATCH = 4 << 20  # bytes: smaller amounts of work are not divided any further
 _TICK_S = 0.1
+_HANGS_S = 5.0  # a device that takes longer to end what it has in hand is taken to hang: a slot takes milliseconds
 _SAMPLES, _LEFT = "samples of magnitudes", "left by a device that failed"
 
 
@@ -94,7 +95,8 @@ class DeviceExecutor(PumpExecutor):
         )
 
     def run(self, steps: Sequence[TensorStep]) -> list[Result]:
-        """Run steps. Ends all threads before it returns or raises, KeyboardInterrupt included.
+        """Run steps. Ends all threads before it returns or raises, KeyboardInterrupt included; but for those that wait
+        for a device that hangs, when Ctrl-C is pressed again.
 
         Raises: BackendError, if no device is left and the CPU may not take their place; what PumpExecutor.run does.
         """
@@ -110,10 +112,9 @@ class DeviceExecutor(PumpExecutor):
         work = self._work = Work(every, len(workers), or_cpu=self._or_cpu)
         rounds = self.rounds
         self.scratch_bytes -= self._pinned
-        threads = [threading.Thread(target=w.work, args=(work,), name=w.device.name) for w in workers if every]
         try:
-            for thread in threads:
-                thread.start()
+            for worker in workers if every else ():
+                worker.start(work)
             results = self._on_processor(rest)
             while not work.wait(_TICK_S):
                 self._report(self.bytes_read + self.bytes_written)
@@ -124,7 +125,7 @@ class DeviceExecutor(PumpExecutor):
                 worker.lost = worker.lost or f"{worker.device.name} {worker.device.label}: beside it, {error}"
             results = {}
         finally:
-            _end(work, threads)
+            _end(work, workers)
         self._report(self.bytes_read + self.bytes_written)
         self.bytes_read += work.bytes_read
         self.bytes_written += work.bytes_written
@@ -224,17 +225,22 @@ def _result(parts: Sequence[Part]) -> Result | None:
     return (parts[0].whole or parts[0]).result
 
 
-def _end(work: Work, threads: Sequence[threading.Thread]) -> None:
-    """Stop and join all threads, even if another exception is raised meanwhile: they use memory that is freed next."""
-    late = None
+def _end(work: Work, workers: Sequence[Worker]) -> None:
+    """Stop all workers and wait for them, even if another exception is raised meanwhile: memory is freed next.
+
+    An exception that comes _HANGS_S seconds later, Ctrl-C again, ends that: a driver that does not answer cannot be
+    interrupted. What is left behind neither reads nor writes files any more.
+    """
+    late, until = None, time.monotonic() + _HANGS_S
     while True:
         try:
             work.stop()
-            for thread in threads:
-                if thread.ident is not None:
-                    thread.join()
+            for worker in workers:
+                worker.wait()
             break
         except BaseException as error:
             late = error
+            if time.monotonic() > until:
+                break
     if late is not None:
         raise late

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from fastinterp.backends.cpu import SinkHandle, SourceHandle, memory_address
 from fastinterp.backends.device import Piece
+from fastinterp.backends.waiting import wait
 from fastinterp.errors import BackendError
 from fastinterp.execute.jobs.job import Result
 from fastinterp.execute.jobs.tensor_io import TensorStep
@@ -70,7 +71,7 @@ class ResidentExecutor:
         if written:  # these run while the answers are processed
             self._queue.run([pieces[k] for k in written])
         if event is not None:
-            event.wait()
+            wait(event)
         for k, some in zip(awaited, pending, strict=True):
             answer = some[0].answer() if len(some) == 1 else steps[k].native.join([one.answer() for one in some])
             results[k] = Result(answer, some[0].stats())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
@@ -10,6 +11,7 @@ from msgspec.structs import replace
 from fastinterp.backends.cpu import Handle, SinkHandle, SourceHandle, memory_address
 from fastinterp.backends.device import Piece
 from fastinterp.backends.torch_device import pinned
+from fastinterp.backends.waiting import wait
 from fastinterp.errors import BackendError
 from fastinterp.execute.jobs.tensor_io import TensorStep
 from fastinterp.execute.rounds import PumpExecutor
@@ -65,6 +67,14 @@ class StreamedExecutor:
 
     def run(self, steps: Sequence[TensorStep]) -> None:
         """Run Combine steps of stored operands. Raises: TypeError for other steps; the errors of the pump."""
+        try:
+            self._run(steps)
+        except BaseException:
+            with suppress(BackendError):
+                wait(self._queue.record())  # kernels read from slots, which are let go next
+            raise
+
+    def _run(self, steps: Sequence[TensorStep]) -> None:
         for step in steps:
             native = step.native
             if not isinstance(native, Combine):
@@ -77,7 +87,7 @@ class StreamedExecutor:
         self._flush()
         for slot in self._slots:
             if slot.read is not None:
-                slot.read.wait()
+                wait(slot.read)
 
     def _address(self, source: int) -> int | None:
         """The address of a source in device memory; None for a source on the host."""
@@ -113,7 +123,7 @@ class StreamedExecutor:
         slot = self._slots[0]
         if self._reads:
             if slot.read is not None:
-                slot.read.wait()
+                wait(slot.read)
             self._filler([("memory", slot.address, _SLOT_BYTES)]).run(self._reads)
         if self._pieces:
             self._queue.run(self._pieces)

@@ -90,22 +90,48 @@ class Worker:
         self.queues: tuple[Queue, ...] = ()  # up, compute, down
         self._window, self._slots = window, slots
         self._ring: list[Slot] = []
+        self._thread: threading.Thread | None = None
+        self._idle = threading.Event()  # Thread.join believes that a thread has ended where a signal comes meanwhile
+        self._idle.set()
 
     @property
     def held_bytes(self) -> int:
         """Bytes of host memory that are allocated."""
         return sum(slot.nbytes for slot in self._ring)
 
-    def work(self, work: Work) -> None:
-        """The body of the device's thread. Raises nothing: errors are reported to `work`."""
+    def start(self, work: Work) -> None:
+        """Begin to run batches, in a thread of the device. Raises: RuntimeError, if there can be no more threads."""
+        # A daemon: the program can end though the device hangs.
+        self._thread = threading.Thread(target=self._work, args=(work,), name=self.device.name, daemon=True)
+        self._idle.clear()
+        try:
+            self._thread.start()
+        except RuntimeError:
+            self._idle.set()
+            raise
+
+    def wait(self) -> None:
+        """Wait until what was started has ended."""
+        self._idle.wait()
+        if self._thread is not None and self._thread.ident is not None:
+            self._thread.join()
+
+    def _work(self, work: Work) -> None:
+        """Raises nothing: errors are reported to `work`."""
         try:
             while not self._attempt(work):
                 pass
         except BaseException as error:  # a bug: it must not pass for the end of the work
             work.fail(error)
+        finally:
+            self._idle.set()
 
     def close(self) -> None:
-        """Free all memory."""
+        """Free all memory; none while it runs batches, which is so where it waits for a device that hangs."""
+        if self._idle.is_set():
+            self._free()
+
+    def _free(self) -> None:
         while self._ring:
             self._ring.pop().free()
 
@@ -118,13 +144,13 @@ class Worker:
                 raise session.failed
             return True
         except OutOfMemory as error:
-            self.close()
+            self._free()
             self.limit //= 2
             if self.limit >= max(LEAST_SLOT, work.least()):
                 return False
             return self._give_up(work, f"{error}, with a slot of {2 * self.limit} bytes")
         except BackendError as error:
-            self.close()
+            self._free()
             return self._give_up(work, str(error))
 
     def _give_up(self, work: Work, why: str) -> bool:
@@ -140,7 +166,7 @@ class Worker:
         if not self.queues:
             self.queues = tuple(self.device.queue() for _ in range(3))
         if self._ring and self._ring[0].nbytes < self.limit:
-            self.close()
+            self._free()
         most = max(_LEAST_SLOTS, min(self._slots, self._window // self.limit))
         while len(self._ring) < min(most, work.batches):
             try:
@@ -188,7 +214,8 @@ class _Session:
 
     def _start(self, target: Callable[[], None], count: int, threads: list[threading.Thread]) -> None:
         for _ in range(count):
-            thread = threading.Thread(target=target, name=f"{self._worker.device.name}{target.__name__}")
+            name = f"{self._worker.device.name}{target.__name__}"
+            thread = threading.Thread(target=target, name=name, daemon=True)  # as in Worker.start
             thread.start()
             threads.append(thread)
 

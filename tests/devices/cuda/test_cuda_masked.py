@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fastinterp.ops.combine import philox_key
@@ -77,6 +78,21 @@ def test_options(kind, names):
         choices = options_of(data[:n], dtypes[:n], shape)
         ask = ask_of(n, *(choices[name] for name in names))
         check(data, dtypes, [ask, dataclasses.replace(ask, weights=(0.0, *(0.3,) * (n - 1)))], BF16, shape, n)
+
+
+@pytest.mark.parametrize("names", [*COMBINED.values(), ("sign_weights",), ("least", "sign_weights", "limit")], ids=str)
+@pytest.mark.parametrize("n", [2, 3, 4, 5])
+def test_bf16_alone(n, names):
+    """A kernel for each number of terms: units of finite numbers, of differences that are 0, and with NaN and Inf."""
+    dtypes, shape = [BF16] * n, (3, 1777)
+    for kind in ("normal", "close", "patterns"):
+        data = raws(kind, dtypes, math.prod(shape))
+        choices = options_of(data, dtypes, shape)
+        for k, special in enumerate((0x7FC0, 0x7F80, 0xFF80)):  # each alone in its unit
+            data[n - 1].view(np.uint16)[640 * k + 3] = special
+            data[0].view(np.uint16)[1280 * k + 5] = special
+        ask = ask_of(n, *(choices[name] for name in names))
+        check(data, dtypes, [ask], BF16, shape, most=1 << 30 if kind == "normal" else 4096)
 
 
 @pytest.mark.parametrize("offset", [0, 1, 4])

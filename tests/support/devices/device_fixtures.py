@@ -13,7 +13,7 @@ from fastinterp.backends import registry as backends
 from fastinterp.execute.device import executor as machine
 from tests.support.checkpoints import saved
 from tests.support.devices.device_merges import SLOT, Use, models
-from tests.support.devices.fake_device import FakeDevice
+from tests.support.devices.fake_device import FakeDevice, running
 
 
 @pytest.fixture
@@ -32,9 +32,9 @@ def use(monkeypatch: pytest.MonkeyPatch, no_thread_is_left: None) -> Use:
 
 @pytest.fixture
 def no_thread_is_left() -> Iterator[None]:
-    before = {t for t in threading.enumerate() if not t.daemon}
+    before = running()
     yield
-    assert {t for t in threading.enumerate() if not t.daemon} <= before
+    assert running() <= before
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from fastinterp import _C
 from fastinterp.backends import device
 from fastinterp.backends.cpu import PumpOptions
 from fastinterp.backends.device import Piece
+from fastinterp.backends.prepared import PreparedPieces
 from fastinterp.errors import BackendError, OutOfMemory
 from fastinterp.ops.contract import CHUNK
 from fastinterp.ops.dtypes import CODE_BYTES
@@ -98,6 +99,14 @@ class Pending:
         return self.of
 
 
+_QUEUE = "the queue of a fake device"  # name of its thread, which never ends
+
+
+def running() -> set[threading.Thread]:
+    """All threads but those of fake devices."""
+    return {thread for thread in threading.enumerate() if thread.name != _QUEUE}
+
+
 class Queue:
     handle = 0
 
@@ -105,7 +114,7 @@ class Queue:
         self._device = device
         self._work: SimpleQueue[Callable[[], None] | Event] = SimpleQueue()
         self._error: BaseException | None = None
-        threading.Thread(target=self._go, daemon=True).start()
+        threading.Thread(target=self._go, name=_QUEUE, daemon=True).start()
 
     def _go(self) -> None:
         while True:
@@ -240,6 +249,9 @@ class FakeDevice:
 
     def queue(self, handle: int | None = None) -> Queue:
         return Queue(self)
+
+    def prepare(self, pieces: Sequence[Piece]) -> PreparedPieces:
+        return PreparedPieces(pieces)
 
     def refuses(self, step: Step) -> str | None:
         if step.by_rank:

@@ -16,6 +16,7 @@ from msgspec.structs import replace
 from fastinterp.backends import torch_device as resident_devices
 from fastinterp.backends.cpu import Pump, PumpOptions
 from fastinterp.backends.device import Piece
+from fastinterp.backends.prepared import PreparedPieces
 from fastinterp.ops.dtypes import CODE_BYTES, parse_dtype
 from fastinterp.ops.operands import Stored
 from fastinterp.ops.steps import Combine, Step, SumStep
@@ -86,7 +87,10 @@ class _Event:
         self.queue, self.upto = queue, upto
 
     def done(self) -> bool:
-        return self.queue.finished >= self.upto
+        if self.queue.finished >= self.upto:
+            return True
+        self.queue.finish(self.queue.finished + 1)  # so that asking again and again comes to an end
+        return False
 
     def wait(self) -> None:
         self.queue.device.waits += 1
@@ -144,6 +148,9 @@ class HostDevice:
     def queue(self, handle: int | None = None) -> HostQueue:
         number = len(self._queues) + 1000 if handle is None else handle
         return self._queues.setdefault(number, HostQueue(self, number))
+
+    def prepare(self, pieces: Sequence[Piece]) -> PreparedPieces:
+        return PreparedPieces(pieces)
 
     def refuses(self, step: Step) -> str | None:
         return self._refused.get(step.kind)

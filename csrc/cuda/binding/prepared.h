@@ -1,0 +1,26 @@
+// Weighted sums of which only the row is to be told: pieces are parsed once, and run with many rows.
+#pragma once
+
+#include <mutex>
+
+#include "../combine.h"
+#include "pieces.h"
+
+namespace fi {
+namespace cuda {
+
+// PreparedSums of fastinterp/backends/device.py. Threads may share it.
+class PreparedSums {
+ public:
+  // Throws pybind11::value_error for pieces that are no sums of one output, or that want statistics.
+  explicit PreparedSums(const pybind11::iterable& pieces);
+  // Enqueues all sums with this row.
+  void run(Queue* queue, const pybind11::handle& row);
+
+ private:
+  std::mutex mutex_;
+  std::vector<Sum> sums_;
+};
+
+}  // namespace cuda
+}  // namespace fi

@@ -1,0 +1,136 @@
+"""Sums that are prepared once and run with many rows, by the emulated CUDA sources: the bytes of pieces made anew."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastinterp.backends.device import Piece
+from fastinterp.backends.prepared import PreparedPieces
+from fastinterp.ops.combine import Combine, Row
+from fastinterp.ops.dtypes import CODE_BYTES
+from fastinterp.ops.operands import Stored
+from fastinterp.ops.steps import Combine as CombineStep
+from fastinterp.ops.steps import Measure
+
+F64, F32, F16, BF16 = 0, 1, 2, 3
+ROWS = [
+    Combine((0.25, 0.5, -1.5)).row(),
+    Combine((0.0, 0.7, 0.1), base=0).row(),
+    Combine((0.3, 0.0, 0.7), sums_to_one=True).row(),
+    Row(2),
+    Row(1, total=0.5),
+]
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Device 0 of an emulated runtime, which does nothing before it is waited for."""
+    host: Any = pytest.importorskip("tests.support.devices.cuda_host")
+    if host.missing():
+        pytest.skip(host.missing())
+    runtime = host.fake()
+    runtime.reset(runtime.DEFERRED)
+    monkeypatch.setitem(sys.modules, "fastinterp._cuda", host.module())
+    monkeypatch.setattr("fastinterp._cuda", host.module(), raising=False)
+    from fastinterp.backends.cuda import CudaDevice
+
+    device = CudaDevice(0)
+    device.runtime = runtime  # type: ignore[attr-defined]
+    yield device
+    assert runtime.wrong() == ""
+
+
+class Models:
+    """Three models of tensors of some dtypes in memory of the host, and a place for each sum."""
+
+    def __init__(self, shapes: list[tuple[int, int, int]]):
+        """shapes: number of elements, dtype code, bytes behind a multiple of 16; of each tensor."""
+        rng = np.random.default_rng(5)
+        self._held: list[np.ndarray] = []
+        self.outs: list[np.ndarray] = []
+        self.pieces: list[Piece] = []
+        for numel, code, off in shapes:
+            arrays = [self._array(rng, numel, code, off) for _ in range(4)]
+            self.outs.append(arrays[3])
+            step = CombineStep(
+                inputs=tuple(Stored(i, 0, code) for i in range(3)), numel=numel, sinks=(0,), offsets=(0,),
+                out_dtype=code, rows=(Row(0),),
+            )  # fmt: skip
+            places = [array.ctypes.data for array in arrays]
+            self.pieces.append(Piece(step=step, inputs=tuple(places[:3]), outputs=(places[3],), numel=numel))
+
+    def _array(self, rng: np.random.Generator, numel: int, code: int, off: int) -> np.ndarray:
+        size = numel * CODE_BYTES[code]
+        self._held.append(rng.integers(0, 256, size + 64, dtype=np.uint8))
+        start = -self._held[-1].ctypes.data % 16 + off
+        return self._held[-1][start : start + size]
+
+    def sums(self, prepared: Any, queue: Any, row: Row) -> list[bytes]:
+        for out in self.outs:
+            out[:] = 255
+        prepared.run(queue, row)
+        queue.record().wait()
+        return [out.tobytes() for out in self.outs]
+
+
+MIXED = [(257, BF16, 0), (8, F32, 0), (31, F16, 2), (9, F64, 0), (0, BF16, 0), (64, BF16, 1)]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_the_bytes_of_pieces(cuda, row):
+    models, queue = Models(MIXED), cuda.queue()
+    want = models.sums(PreparedPieces(models.pieces), queue, row)
+    prepared = cuda.prepare(models.pieces)
+    models.sums(prepared, queue, ROWS[0])  # another row before
+    assert models.sums(prepared, queue, row) == want
+
+
+@pytest.mark.parametrize("count", [1, 40, 600])
+def test_launches_hold_as_much_as_fits(cuda, count):
+    """One launch with few arguments, one with many, and two where they do not fit into one: the same bytes."""
+    models, queue = Models([(33, BF16, 0)] * count), cuda.queue()
+    want = models.sums(PreparedPieces(models.pieces), queue, ROWS[1])
+    before = cuda.runtime.calls("launch")
+    assert models.sums(cuda.prepare(models.pieces), queue, ROWS[1]) == want
+    assert cuda.runtime.calls("launch") - before == {1: 1, 40: 1, 600: 2}[count]
+    alone = Models([(33, BF16, 0)])  # the same numbers as the first
+    assert alone.sums(cuda.prepare(alone.pieces), queue, ROWS[1])[0] == want[0]
+
+
+def test_threads_that_share_it_do_not_mix_rows(cuda):
+    models, queue = Models(MIXED), cuda.queue()
+    prepared = cuda.prepare(models.pieces)
+    every = {tuple(models.sums(prepared, queue, row)) for row in ROWS}
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda row: prepared.run(queue, row), ROWS * 20))
+    queue.record().wait()
+    assert tuple(out.tobytes() for out in models.outs) in every
+
+
+def test_nothing_is_allocated_so_graphs_can_hold_it(cuda):
+    models, queue = Models(MIXED), cuda.queue()
+    prepared = cuda.prepare(models.pieces)
+    prepared.run(queue, ROWS[0])
+    before = [cuda.runtime.calls(call) for call in ("cudaMallocAsync", "cudaMalloc", "cudaHostAlloc")]
+    prepared.run(queue, ROWS[1])
+    assert [cuda.runtime.calls(call) for call in ("cudaMallocAsync", "cudaMalloc", "cudaHostAlloc")] == before
+    queue.record().wait()
+
+
+def test_what_cannot_be_prepared_is_refused(cuda):
+    models, queue = Models(MIXED[:1]), cuda.queue()
+    (piece,) = models.pieces
+    measured = Piece(step=Measure(inputs=piece.step.inputs, numel=piece.numel), inputs=piece.inputs, numel=piece.numel)
+    sampled = Piece(step=piece.step, inputs=piece.inputs, outputs=piece.outputs, numel=piece.numel, stats_every=32)
+    for wrong in (measured, sampled):
+        with pytest.raises(ValueError, match="sums of one output each, without statistics"):
+            cuda.prepare([wrong])
+    with pytest.raises(ValueError, match="a row's term is none of the inputs"):
+        cuda.prepare([piece]).run(queue, Row(0, terms=((3, 1.0),)))
+    cuda.prepare([]).run(queue, ROWS[0])  # no tensors at all
