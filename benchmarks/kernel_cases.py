@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -21,8 +21,10 @@ from tests.support.cases import Guarded, fill
 DTYPES = (BF16, F16, F32, F8_E4M3)
 PERIOD = 65536  # elements; larger arrays repeat them, so that the slow reference need compute no more
 IN_CACHE = PERIOD  # elements of each array
-# Bytes of all arrays together: four times the last-level cache, which virtual machines may see whole though they share it.
-IN_MEMORY = max(1 << 27, 4 * (os.sysconf("SC_LEVEL3_CACHE_SIZE") if "SC_LEVEL3_CACHE_SIZE" in os.sysconf_names else 0))
+_LAST_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")  # in KiB: "32768K"
+# Bytes of all arrays together: four times the last-level cache, which virtual machines may see whole though they share
+# it.
+IN_MEMORY = max(1 << 27, 4096 * int(_LAST_CACHE.read_text().strip().rstrip("K")) if _LAST_CACHE.exists() else 0)
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,7 @@ void sum_in_memory(const Backend& backend, const std::vector<MemorySum>& sums, c
   for (const MemorySum& sum : sums) {
     numel += sum.numel;
     bytes += sum.numel * size_of(sum.out_dtype);
+    for (const DType dtype : sum.in) bytes += sum.numel * size_of(dtype);
   }
   std::vector<size_t> begins;  // of each range, the sum that it begins in
   std::vector<int64_t> ends;   // of each sum, among all elements

@@ -63,8 +63,9 @@ struct CombineArgs {
   RowStats* stats;  // k, added to
 };
 
-// Whether outputs of so many bytes in memory are best stored around the caches: docs/performance.md has measurements.
-// Not the size that the system tells of a cache: in virtual machines it is that of the whole processor.
+// Whether the outputs of a call that reads and writes so many bytes in memory are best stored around the caches:
+// docs/performance.md has measurements. Not the size that the system tells of a cache: in virtual machines it is that
+// of the whole processor.
 FI_INLINE bool worth_streaming(int64_t bytes) { return bytes >= 32 << 20; }
 
 // The number of sums of a measure of n vectors: the upper triangle of the Gram matrix row by row, then the L1 norms.

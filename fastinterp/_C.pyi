@@ -99,7 +99,9 @@ class PlainSums:
     """Weighted sums of arrays of these types, exactly, on the CPU. codes: dtype -> code. tensors: they are torch's."""
 
     def __init__(self, types: tuple[type, ...], codes: Mapping[Any, int | None], tensors: bool) -> None: ...
-    def sum(self, arrays: Sequence[Any], row: SumRow, out: Any, threads: Callable[[], int], followed: bool) -> bool:
+    def sum(
+        self, arrays: Sequence[Any], row: SumRow, out: Any, threads: int | Callable[[], int], followed: bool
+    ) -> bool:
         """False, with nothing written, if anything about the arguments is to be looked at first."""
 
 def reserve(fd: int, size: int) -> None:

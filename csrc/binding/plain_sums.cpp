@@ -1,5 +1,7 @@
+#include <cctype>
 #include <cstdint>
 #include <cstdlib>
+#include <string>
 #include <vector>
 
 #include "../cpu/backend.h"
@@ -95,6 +97,16 @@ bool view_of_tensor(const py::handle& tensor, const py::dict& codes, bool follow
   return view->address != 0;  // whose storage was let go
 }
 
+// The backend that FASTINTERP_ISA names, in any case, else the best. Null: Python has to say what is wrong with it.
+const Backend* chosen_backend() {
+  std::string name;
+  if (const char* set = std::getenv("FASTINTERP_ISA")) name = set;
+  if (name.empty()) return &best_backend();
+  for (char& c : name) c = char(std::tolower(static_cast<unsigned char>(c)));
+  const Backend* backend = find_backend(name.c_str());
+  return backend != nullptr && backend->usable() ? backend : nullptr;
+}
+
 // One kind of arrays of which sums are computed without a check in Python.
 class PlainSums {
  public:
@@ -103,15 +115,16 @@ class PlainSums {
 
   bool sum(const py::sequence& arrays, const SumRow& sum, const py::object& out, const py::object& threads,
            bool followed) const {
-    if (std::getenv("FASTINTERP_ISA") != nullptr) return false;  // which Python checks
-    const py::tuple held(arrays);                                // the caller's list may change while others run
+    const Backend* backend = chosen_backend();
+    if (backend == nullptr) return false;
+    const py::tuple held(arrays);  // the caller's list may change while others run
     const size_t n = held.size();
     std::vector<View> views(n);
     for (size_t i = 0; i < n; ++i)
       if (!view(held[i], false, followed, &views[i]) || views[i].shape != views[0].shape) return false;
     View target;
     if (n != sum.inputs() || !view(out, true, followed, &target) || target.shape != views[0].shape) return false;
-    int64_t numel = 1;
+    int64_t numel = 1, each = size_of(target.dtype);  // each: bytes of an element of all arrays
     for (const int64_t length : target.shape) numel *= length;
     if (numel == 0) return false;
     const auto end = [numel](const View& v) { return v.address + uintptr_t(numel * size_of(v.dtype)); };
@@ -121,6 +134,7 @@ class PlainSums {
       if (v.address < end(target) && target.address < end(v)) return false;
       inputs.push_back(v.address);
       dtypes.push_back(v.dtype);
+      each += size_of(v.dtype);
     }
     const Row row = sum.row();
     CombineArgs args{};
@@ -131,10 +145,11 @@ class PlainSums {
     args.out_dtype = target.dtype;
     args.fp8_saturate = true;
     args.numel = numel;
-    args.streamed = worth_streaming(numel * size_of(target.dtype));
-    const int count = numel <= kOneThread ? 1 : threads().cast<int>();
+    args.streamed = worth_streaming(numel * each);
+    int count = 1;
+    if (numel > kOneThread) count = (PyLong_Check(threads.ptr()) ? threads : threads()).cast<int>();
     const py::gil_scoped_release release;
-    combine_in_memory(best_backend(), inputs, {target.address}, args, count);
+    combine_in_memory(*backend, inputs, {target.address}, args, count);
     return true;
   }
 
@@ -162,9 +177,9 @@ void bind_plain_sums(py::module_& m) {
       .def(py::init<py::tuple, py::dict, bool>(), py::arg("types"), py::arg("codes"), py::arg("tensors"))
       .def("sum", &PlainSums::sum, py::arg("arrays"), py::arg("row"), py::arg("out"), py::arg("threads"),
            py::arg("followed"),
-           "Write a sum into `out`. threads: a function that returns their number. followed: autograd records. False, "
-           "with nothing written: the arrays are of other kinds, do not fit each other, or are empty, or "
-           "FASTINTERP_ISA is set.");
+           "Write a sum into `out`. threads: their number, or a function that returns it. followed: autograd records. "
+           "False, with nothing written: the arrays are of other kinds, do not fit each other, or are empty, or "
+           "FASTINTERP_ISA names what cannot be used here.");
 }
 
 }  // namespace fi

@@ -52,7 +52,9 @@ std::vector<py::dict> combine(const std::vector<uintptr_t>& inputs, const std::v
   args.stats_every = stats_every;
   args.first = first;
   args.numel = numel;
-  args.streamed = streamed.value_or(worth_streaming(int64_t(outputs.size()) * numel * size_of(args.out_dtype)));
+  int64_t each = int64_t(outputs.size()) * size_of(args.out_dtype);  // bytes, read and written
+  for (const DType dtype : in) each += size_of(dtype);
+  args.streamed = streamed.value_or(worth_streaming(each * numel));
   const Backend& chosen = backend_named(isa);
   std::vector<RowStats> stats;
   {
@@ -116,7 +118,7 @@ void bind_sums(py::module_& m) {
         py::arg("keys") = std::vector<uint64_t>{}, py::arg("fp8_saturate") = true, py::arg("stats_every") = 32,
         py::arg("threads") = 1, py::arg("isa") = "", py::arg("streamed") = py::none(),
         "Weighted sums of arrays in memory, by address. The caller answers for the addresses. streamed: store the "
-        "outputs around the caches; None decides by their size.");
+        "outputs around the caches; None decides by the size of all arrays.");
 
   py::class_<SumRow>(m, "SumRow", "A row of a sum of so many inputs, as kernels take it.")
       .def(py::init<py::handle, size_t>(), py::arg("row"), py::arg("inputs"));

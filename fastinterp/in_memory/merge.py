@@ -76,8 +76,8 @@ def merge_tensors(
     models = _listed(tensors, "tensors")
     name = text(name, "`name`")
     method, values, seed = _method(method), dict(_mapping(parameters)), _seed(seed)
-    if dtype is None and threads is None and rounding == "nearest":
-        done = _plain_sum(models, base, method, values, name)
+    if dtype is None and rounding == "nearest":
+        done = _plain_sum(models, base, method, values, name, threads)
         if done is not None:
             return done  # type: ignore[no-any-return]
     dicts = [{name: x} for x in models]
@@ -169,7 +169,9 @@ def _chosen(integers: object, count: int, has_base: bool) -> int | None:
     return integers + has_base
 
 
-def _plain_sum(models: Sequence[Any], base: Any, method: Method, values: Mapping[str, Any], name: str) -> Any:
+def _plain_sum(
+    models: Sequence[Any], base: Any, method: Method, values: Mapping[str, Any], name: str, threads: int | None
+) -> Any:
     """The merged tensor, if the method makes a weighted sum of plain arrays of one dtype: other work costs more than
     small sums. None: look at all arguments.
     """
@@ -193,7 +195,7 @@ def _plain_sum(models: Sequence[Any], base: Any, method: Method, values: Mapping
         check_coefficients([row.total, *request.weights], name)
     except MethodError:
         return None
-    return plain_sum(inputs, SumRow(row, len(inputs)))
+    return plain_sum(inputs, SumRow(row, len(inputs)), threads=threads)
 
 
 def _listed(values: Any, what: str) -> list[Any]:

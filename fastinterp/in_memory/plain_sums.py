@@ -23,11 +23,12 @@ class _Library(NamedTuple):
     records: Callable[[], bool]  # whether autograd does
 
 
-def plain_sum(arrays: Sequence[Any], row: SumRow, out: Any = None) -> Any:
+def plain_sum(arrays: Sequence[Any], row: SumRow, out: Any = None, threads: int | None = None) -> Any:
     """A weighted sum, as `weighted_sum` makes it: `out`, else a new array of the dtype of the first.
 
-    arrays  1 to 64 objects, of which nothing is known
-    row     of as many inputs
+    arrays   1 to 64 objects, of which nothing is known
+    row      of as many inputs
+    threads  None: one per CPU, at most 32
 
     None, with nothing written: they are no numpy arrays and no torch tensors on the CPU, of types of their own, not
     contiguous, differ in shape, are empty, share memory with `out`, or autograd follows them. Whoever calls looks why.
@@ -37,7 +38,8 @@ def plain_sum(arrays: Sequence[Any], row: SumRow, out: Any = None) -> Any:
     if library is None:
         return None
     target = library.empty_like(arrays[0]) if out is None else out
-    return target if library.sums.sum(arrays, row, target, cpu_threads, library.records()) else None
+    count = cpu_threads if threads is None else cpu_threads(threads)
+    return target if library.sums.sum(arrays, row, target, count, library.records()) else None
 
 
 _known: dict[type, _Library] = {}  # of torch: its types are there when a tensor is

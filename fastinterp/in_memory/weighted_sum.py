@@ -56,8 +56,8 @@ def weighted_sum(
     >>> fastinterp.weighted_sum([y], [0.5], pivot=x)  # halfway from x to y
     array([2. , 3.5], dtype=float32)
     """
-    if dtype is None and threads is None:
-        done = _plain_sum(arrays, weights, pivot, out)
+    if dtype is None:
+        done = _plain_sum(arrays, weights, pivot, out, threads)
         if done is not None:
             return done  # type: ignore[no-any-return]
     if len(arrays) == 0 or len(arrays) != len(weights):
@@ -93,13 +93,13 @@ def weighted_sum(
     return library.export(result, terms[0]) if out is None else out
 
 
-def _plain_sum(arrays: Sequence[Any], weights: Sequence[float], pivot: Any, out: Any) -> Any:
+def _plain_sum(arrays: Sequence[Any], weights: Sequence[float], pivot: Any, out: Any, threads: int | None) -> Any:
     """The sum of plain arrays, whose checks cost more than small sums. None: look at all arguments."""
     listed = type(arrays) in _LISTS and type(weights) in _LISTS and 0 < len(arrays) == len(weights) < MAX_INPUTS
     if not listed or not {*map(type, weights)} <= _NUMBERS:
         return None
     row = _sum_row(tuple(weights), pivot is not None)
-    return plain_sum(arrays if pivot is None else [pivot, *arrays], row, out)
+    return plain_sum(arrays if pivot is None else [pivot, *arrays], row, out, threads)
 
 
 def _row(weights: Sequence[float], has_pivot: bool) -> Row:

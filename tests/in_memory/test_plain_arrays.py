@@ -15,6 +15,7 @@ from fastinterp.errors import UsageError
 from fastinterp.in_memory import merge, weighted_sum
 from fastinterp.in_memory.plain_sums import plain_sum
 from fastinterp.ops.combine import Combine, Row
+from tests.support import backends
 
 DTYPES = ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
 SHAPES = [(), (1,), (3, 5), (2, 1, 7), (70_001,)]
@@ -52,8 +53,8 @@ def test_bytes_of_the_general_way(make, dtype: str, shape: tuple[int, ...], monk
 
     done: list[bool] = []
 
-    def recorded(*args: object) -> object:
-        merged = plain_sum(*args)  # type: ignore[arg-type]
+    def recorded(*args: object, **options: object) -> object:
+        merged = plain_sum(*args, **options)  # type: ignore[arg-type]
         done.append(merged is not None)
         return merged
 
@@ -62,7 +63,7 @@ def test_bytes_of_the_general_way(make, dtype: str, shape: tuple[int, ...], monk
     got = run()
     assert done == [True] * 6
     for module in (weighted_sum, merge):
-        monkeypatch.setattr(module, "plain_sum", lambda *_: None)
+        monkeypatch.setattr(module, "plain_sum", lambda *_, **__: None)
     assert got == run()
 
 
@@ -145,6 +146,28 @@ def test_an_instruction_set_that_is_named_is_used(monkeypatch: pytest.MonkeyPatc
         fastinterp.weighted_sum([x, x], [0.5, 0.5])
     monkeypatch.setenv("FASTINTERP_ISA", "scalar")
     assert fastinterp.weighted_sum([x, x], [0.5, 0.5]).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("isa", ["", *backends.usable()])
+def test_threads_and_instruction_sets_are_plain(isa: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("FASTINTERP_ISA", isa.upper())
+    row = SumRow(Combine((0.5, 0.5)).row(), 2)
+    x, y = _numpy("bfloat16", (300_000,), 0), _numpy("bfloat16", (300_000,), 1)
+    want = fastinterp.weighted_sum([x, y], [0.5, 0.5])
+    for threads in (None, 1, 2, 1024):
+        assert _bytes(plain_sum([x, y], row, None, threads)) == _bytes(want)
+    monkeypatch.setenv("FASTINTERP_ISA", "no-such")
+    assert plain_sum([x, y], row) is None
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1025, True, 2.0, "2"])
+@pytest.mark.parametrize("numel", [3, 300_000])
+def test_numbers_of_threads_are_checked(threads: object, numel: int):
+    x = np.ones(numel, np.float32)
+    with pytest.raises(fastinterp.BackendError, match="number of threads"):
+        fastinterp.weighted_sum([x, x], [0.5, 0.5], threads=threads)  # type: ignore[arg-type]
+    with pytest.raises(fastinterp.BackendError, match="number of threads"):
+        fastinterp.merge_tensors([x, x], "linear", threads=threads)  # type: ignore[arg-type]
 
 
 def test_weights_of_other_types_are_looked_at():

@@ -24,18 +24,19 @@ EDGES = [
 ] + [0x7FFFFFFF, 0x7FC0FFF0, 0x7F800001, 0x7FC00000, 0x7F800000, 0x74FFFFFF, 0x75000000, 0x00000001, 0x007FFFFF]
 
 
-def check(isa: str, raws: list[np.ndarray], dtypes: list[DType], row: Row, out: DType, **options: Any) -> None:
-    """The row by `isa`, streamed or not, and by the plain loops of `scalar`, which has no pass over registers."""
+def check(isa: str, raws: list[np.ndarray], dtypes: list[DType], rows: list[Row], out: DType, **options: Any) -> None:
+    """The rows by `isa`, streamed or not, and by the plain loops of `scalar`, which has no pass over registers."""
     inputs = [Guarded(raw.size, 16 * i) for i, raw in enumerate(raws)]
     for buffer, raw in zip(inputs, raws, strict=True):
         buffer.view[:] = raw
     size = raws[0].size // (dtypes[0].bits // 8) * (out.bits // 8)
-    want, plain, streamed = Guarded(size, 0), Guarded(size, 0), Guarded(size, 0)
-    counts = backends.run("scalar", inputs, dtypes, [row], [want], out, stats_every=0, **options)
-    for buffer, way in ((plain, False), (streamed, True)):
-        found = backends.run(isa, inputs, dtypes, [row], [buffer], out, stats_every=0, streamed=way, **options)
-        backends.assert_same_bits(want.view, buffer.view, out, f"streamed: {way}")
-        assert buffer.intact()
+    want, plain, streamed = ([Guarded(size, 0) for _ in rows] for _ in range(3))
+    counts = backends.run("scalar", inputs, dtypes, rows, want, out, stats_every=0, **options)
+    for buffers, way in ((plain, False), (streamed, True)):
+        found = backends.run(isa, inputs, dtypes, rows, buffers, out, stats_every=0, streamed=way, **options)
+        for k, buffer in enumerate(buffers):
+            backends.assert_same_bits(want[k].view, buffer.view, out, f"row {k}, streamed: {way}")
+            assert buffer.intact()
         assert found == counts
 
 
@@ -48,7 +49,7 @@ def test_edges_of_every_dtype(isa, out, saturate):
         values = np.linspace(-3, 3, 256, dtype=np.float32)
         values.view(np.uint32)[5 * place + 1] = edge | sign
         pivot = np.zeros(256, np.float32)
-        check(isa, [pivot.view("u1"), values.view("u1")], [F32, F32], Row(0, 1.0, ((1, 1.0),)), out,
+        check(isa, [pivot.view("u1"), values.view("u1")], [F32, F32], [Row(0, 1.0, ((1, 1.0),))], out,
               fp8_saturate=saturate)  # fmt: skip
 
 
@@ -63,7 +64,7 @@ def test_all_codes(isa, dtype, out):
     raws = [np.roll(codes, by).view("u1") for by in (0, 1, 77)]
     for weights in ((0.5,), (0.25, -0.5)):
         row = Row(0, 1.0 if len(weights) == 1 else 0.75, tuple(enumerate(weights, 1)))
-        check(isa, raws[: len(weights) + 1], [dtype] * (len(weights) + 1), row, out)
+        check(isa, raws[: len(weights) + 1], [dtype] * (len(weights) + 1), [row], out)
 
 
 @vectors
@@ -103,4 +104,42 @@ def test_mixed_dtypes_and_lengths(isa, n, out):
             for i, dtype in enumerate(dtypes)
         ]
         row = Row(n // 2, -0.5, tuple((i, 1 / n) for i in range(n) if i != n // 2))
-        check(isa, raws, dtypes, row, out, first=16384 - 40)
+        check(isa, raws, dtypes, [row], out, first=16384 - 40)
+
+
+def _rows(n: int) -> list[Row]:
+    """More than one pass makes: all inputs, some of them, another order, other pivots, copies between them."""
+    all_of = [tuple((i, (1 + i * k / 8) / n) for i in range(1, n)) for k in range(9)]
+    found = [Row(0, 1.0 if k % 3 else 0.75, terms) for k, terms in enumerate(all_of)]
+    found[2:2] = [Row(0), Row(0, 1.0, ((n - 1, -0.5),)), Row(0, 1.0, all_of[1][::-1])]
+    return [*found, Row(1), Row(1, 1.0, ((0, 0.25),)), Row(0, -1.0, ((1, 0.25),)), Row(1, 2.0, ((0, -0.25),))]
+
+
+@vectors
+@pytest.mark.parametrize("n", [2, 3, 8, 64])
+@pytest.mark.parametrize("out", SMALL, ids=str)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_rows_of_one_pivot(isa, n, out, mixed):
+    """Many rows at once, as many as a pass makes, and more; inputs of one dtype, and of several."""
+    dtypes = [SMALL[i % len(SMALL)] if mixed else out for i in range(n)]
+    for numel in (63, 64, 500, 20000):
+        raws = [
+            fill("normal", dtype, numel, i, np.random.default_rng([numel, i])).view(np.uint8)
+            for i, dtype in enumerate(dtypes)
+        ]
+        for rows in (_rows(n)[:2], _rows(n)[:8], _rows(n)):
+            check(isa, raws, dtypes, rows, out, first=16384 - 40)
+
+
+@vectors
+@pytest.mark.parametrize("out", SMALL, ids=str)
+def test_rows_that_are_not_finite(isa, out):
+    """NaN and Inf in every row, in one alone, and in one of the second pass alone: counted once, nothing is stale."""
+    numel = 4096
+    raws = [fill("normal", out, numel, i, np.random.default_rng(i)).view(np.uint8) for i in range(4)]
+    odd = fill("patterns", out, 64, 0, np.random.default_rng(9)).view(np.uint8)
+    for at, raw in enumerate(raws):
+        raw[(640 + 300 * at) * (out.bits // 8) :][: odd.size] = odd
+    rows = [Row(0, 1.0, ((1, 0.5),))] * 9 + [Row(0, 1.0, ((2, 0.5),)), Row(0, 1.0, ((3, 3e38),))]
+    for some in (rows, rows[::-1], rows[-2:]):
+        check(isa, raws, [out] * 4, some, out)
