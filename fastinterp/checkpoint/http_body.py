@@ -39,7 +39,8 @@ def _receive(sock: socket.socket, view: memoryview) -> int:
     """Fill `view` from a socket with a timeout. Returns how many bytes came until that, or until it was closed.
 
     This is one call of the system for all of them, without the interpreter's lock, where http.client calls Python for
-    every piece that is there.
+    every piece that is there. The timeout is of all its waits together: a server that stalls after the first bytes of a
+    call is noticed within twice that time.
     Raises: OSError; TimeoutError, if none came.
     """
     timeout = sock.gettimeout() or 0.0
