@@ -131,10 +131,11 @@ def test_in_memory_and_replayed(tmp_path):
 
 def test_refusals(tmp_path, monkeypatch):
     a, b = (write(tmp_path / name, {"x": weights(1, F32, (5,))}) for name in "ab")
-    for wrong, match in (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"read": "mmap"}, "read must be one of auto, pread, mapped, got 'mmap'"),
         ({"read": "mapped", "device": "cuda"}, "--read mapped is for the CPU, and cannot go with --device cuda"),
-    ):
+    )
+    for wrong, match in cases:
         with pytest.raises(fastinterp.UsageError, match=match):
             fastinterp.interpolate(a, b, 0.5, tmp_path / "out", **wrong)
         with pytest.raises(fastinterp.UsageError, match=match):
