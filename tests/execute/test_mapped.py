@@ -18,6 +18,7 @@ import fastinterp
 from benchmarks.methods import CASES, recipe, write_sidecars
 from fastinterp.backends.cpu import MappedFile, Pump, PumpOptions
 from fastinterp.execute import rounds, sources
+from fastinterp.execute.reading import reading_device
 from fastinterp.ops.combine import Combine
 from fastinterp.ops.dtypes import BF16, F16, F32, F64
 from fastinterp.ops.operands import Stored
@@ -131,14 +132,19 @@ def test_in_memory_and_replayed(tmp_path):
 
 def test_refusals(tmp_path, monkeypatch):
     a, b = (write(tmp_path / name, {"x": weights(1, F32, (5,))}) for name in "ab")
-    for wrong, match in (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"read": "mmap"}, "read must be one of auto, pread, mapped, got 'mmap'"),
         ({"read": "mapped", "device": "cuda"}, "--read mapped is for the CPU, and cannot go with --device cuda"),
-    ):
+    )
+    for wrong, match in cases:
         with pytest.raises(fastinterp.UsageError, match=match):
             fastinterp.interpolate(a, b, 0.5, tmp_path / "out", **wrong)
         with pytest.raises(fastinterp.UsageError, match=match):
             fastinterp.sweep(a, b, [0.5], in_memory=print, **wrong)
+
+    assert reading_device("pread", "auto", ["org/model"]) == "auto"
+    with pytest.raises(fastinterp.UsageError, match="org/model is read from where it is, and only files here"):
+        reading_device("mapped", "auto", ["org/model"])
 
     def fails(fd: int) -> None:
         raise OSError(19, "No such device")
