@@ -40,7 +40,7 @@ def with_nonfinite(data: Sequence[Raw], dtype: DType, count: int) -> list[Raw]:
 @pytest.mark.parametrize("names", CHOICES)
 def test_masked_sums(isa, names, dtype):
     """Of one to three models, all finite, and with a NaN or an Inf where a run has to end."""
-    shape = (7, 701)
+    shape = (3, 701)
     for nonfinite in (0, 5):
         data = with_nonfinite(raws("close", [dtype] * 4, math.prod(shape)), dtype, nonfinite)
         asks: list[Any] = []
@@ -62,7 +62,7 @@ def test_sums_that_overflow(isa, dtype):
 
 @every_isa
 @one_dtype
-@pytest.mark.parametrize("shape", [(1,), (63,), (64,), (257,), (16385,), (23, 1009)], ids=str)
+@pytest.mark.parametrize("shape", [(1,), (64,), (257,), (16385,), (3, 1009)], ids=str)
 @pytest.mark.parametrize("models", [1, 2, 3])
 def test_masked_statistics(isa, dtype, shape, models):
     data = raws("close", [dtype] * (models + 1), math.prod(shape))
@@ -89,7 +89,7 @@ def test_measures(dtype, shape, inputs):
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("inputs", [2, 3, 4, 5])
 def test_histograms(isa, dtype, kind, score, inputs):
-    shape = (17, 1031)
+    shape = (5, 1031)
     numel, dtypes = math.prod(shape), [dtype] * inputs
     data = raws(kind, dtypes, numel)
     ask = Select(tuple((i, 1) for i in range(1, inputs)), SCORES[score](shape[0]))
