@@ -75,7 +75,7 @@ def test_rounding_to_fp8(isa, out, saturate):
     uppers = np.arange(1 << 16, dtype=np.uint32) << 16
     values = np.concatenate([uppers | lower for lower in (0x0000, 0x0001, 0x8000, 0xFFFF)]).view("u1")
     zeros = np.zeros_like(values)
-    check(isa, [zeros, values], [F32, F32], Row(0, 1.0, ((1, 1.0),)), out, fp8_saturate=saturate)
+    check(isa, [zeros, values], [F32, F32], [Row(0, 1.0, ((1, 1.0),))], out, fp8_saturate=saturate)
 
 
 @vectors
@@ -88,8 +88,9 @@ def test_every_pair_of_fp8_codes(isa, dtype, saturate, weight):
     numbers = codes[(codes & 0x7F) < (0x7F if dtype is F8_E4M3 else 0x7C)]
     for some in (numbers, codes):
         pairs = [np.repeat(some, some.size), np.tile(some, some.size)]
-        for total in (1.0, 0.9):
-            check(isa, pairs, [dtype, dtype], Row(0, total, ((1, weight),)), dtype, fp8_saturate=saturate)
+        rows = [Row(0, total, ((1, weight),)) for total in (1.0, 0.9)]
+        for together in (rows[:1], rows[1:], rows):
+            check(isa, pairs, [dtype, dtype], together, dtype, fp8_saturate=saturate)
 
 
 @vectors
