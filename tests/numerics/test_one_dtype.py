@@ -14,7 +14,7 @@ from fastinterp.ops.dtypes import BF16, F16, F32, DType
 from fastinterp.ops.requests import Mask, Score, Select
 from fastinterp.ops.select import Coarse, Fine, step
 from fastinterp.reference.select import ranked
-from tests.numerics.test_groups import check_measure
+from tests.numerics.test_groups import check_combine, check_measure
 from tests.numerics.test_masked import CHOICES, ask_of, check, every_isa, options_of
 from tests.numerics.test_masks import MASKS, check_masked_stats
 from tests.numerics.test_select import SCORES, Counted, assert_counts, pumped
@@ -108,3 +108,10 @@ def test_factors_of_rows_are_those_of_their_elements(isa):
     data = raws("close", [BF16] * 2, math.prod(shape))
     factors = array("f", (0.25 * (1 + r % 7) for r in range(shape[0]))).tobytes()
     check(isa, data, [BF16] * 2, [ask_of(2, {"score": Score("divergence", factors, 0x3A000000)})], BF16, shape)
+
+
+@one_dtype
+@pytest.mark.parametrize("kind", ["close", "patterns"])
+def test_sums_with_a_weight_for_each_row(dtype, kind):
+    """Rows that are long enough for runs, which end in the middle of a step; every other chunk is sampled, in tiles."""
+    check_combine(kind, [dtype] * 3, dtype, (71, 601), "row")
