@@ -5,6 +5,10 @@
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#endif
+#include <unistd.h>
 
 #include <atomic>
 #include <mutex>
@@ -57,6 +61,16 @@ void put_in_place() {
   sigaction(SIGBUS, &action, nullptr);
 }
 
+// A bare system call where there is one: sanitizers take mmap for a write, which would be a race with the readers.
+bool map_zeros(void* at, size_t size) {
+  constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE;
+#if defined(__linux__) && defined(__LP64__)
+  return syscall(SYS_mmap, at, size, PROT_READ, kFlags, -1, 0) != -1;
+#else
+  return mmap(at, size, PROT_READ, kFlags, -1, 0) != MAP_FAILED;
+#endif
+}
+
 // Replaces the mapping that has the address, and says so; false if none has it. The flag comes before the zeros: who
 // reads these has met a page fault since.
 bool replaced(uintptr_t address) {
@@ -67,8 +81,7 @@ bool replaced(uintptr_t address) {
     place->failed = true;
     ++faults;
     // All of it: nothing more that is read of the file counts, and huge pages cannot be replaced in parts.
-    return mmap(reinterpret_cast<void*>(begin), end - begin, PROT_READ,
-                MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) != MAP_FAILED;
+    return map_zeros(reinterpret_cast<void*>(begin), end - begin);
   }
   return false;
 }
