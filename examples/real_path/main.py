@@ -228,13 +228,18 @@ def run(folder: Path, design: Design, stages: Sequence[Stage], workers: int) -> 
 
 
 def walk(folder: Path, design: Design, workers: int) -> None:
-    """Every stage, and a note of what it took. Raises: MissingPackageError."""
+    """Every stage, and a note of what it took, and where. Raises: MissingPackageError."""
+    import torch
+
+    from fastinterp.bench.provenance import provenance
+
     start, before = time.perf_counter(), (read(folder / "run.json") or {}).get("wall_s", 0)
     try:
         run(folder, design, (*TRAINING, *MEASURING), workers)
     finally:
         spent = round(before + time.perf_counter() - start)
-        write(folder / "run.json", {"design": asdict(design), "wall_s": spent, "workers": workers})
+        machine = provenance() | {"torch": torch.__version__}
+        write(folder / "run.json", {"design": asdict(design), "wall_s": spent, "workers": workers, "machine": machine})
 
 
 def main() -> None:

@@ -275,14 +275,12 @@ def load_all(folder: Path, design: Design, seeds: tuple[int, ...]) -> tuple[list
     """The results of the training seeds, and what is known of the run."""
     from dataclasses import replace
 
-    from fastinterp.bench.provenance import provenance
-
     results = load(folder, replace(design, seeds=seeds))
     whole = read(folder / "results.json")
     if whole is not None:
         return results, whole["run"]
     run = read(folder / "run.json")
-    return results, {**run, "machine": provenance(), "speed": read(folder / "speed.json")}
+    return results, {**run, "speed": read(folder / "speed.json")}
 
 
 def write(results: Sequence[Results], run: Results, out: Path) -> None:

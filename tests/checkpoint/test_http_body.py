@@ -44,8 +44,9 @@ def head(first: int, last: int, length: int | None = None) -> bytes:
     return f"HTTP/1.1 206 Partial Content\r\n{span}\r\nContent-Length: {length}\r\n\r\n".encode()
 
 
-def send_all(connection: socket.socket, number: int, first: int, last: int) -> None:
+def send_all(connection: socket.socket, number: int, first: int, last: int) -> bool | None:
     connection.sendall(head(first, last) + DATA[first : last + 1])
+    return None
 
 
 @contextmanager
@@ -205,10 +206,10 @@ def test_an_answer_with_which_the_connection_ends(calls):
     assert server.connections == 2 and not calls
 
 
-def stall(sent: int, times: int) -> Callable[..., None]:
+def stall(sent: int, times: int) -> Callable[..., bool | None]:
     """Sends so many bytes of the first answers, and then nothing more."""
 
-    def answer(connection: socket.socket, number: int, first: int, last: int) -> None:
+    def answer(connection: socket.socket, number: int, first: int, last: int) -> bool | None:
         if number > times:
             return send_all(connection, number, first, last)
         connection.sendall(head(first, last) + DATA[first : first + sent])
