@@ -9,6 +9,9 @@ import struct
 from collections.abc import Iterator
 
 
+_PART = 256 << 10  # bytes that the system waits for before it wakes the thread
+
+
 def received(answer: http.client.HTTPResponse, sock: socket.socket | None, view: memoryview) -> Iterator[int]:
     """Fill `view` with the body of an answer. Yields after each piece how many bytes are there so far; ends early where
     the connection was closed.
@@ -47,9 +50,20 @@ def _receive(sock: socket.socket, view: memoryview) -> int:
     fraction, seconds = math.modf(timeout)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(seconds), int(fraction * 1e6)))
     sock.settimeout(None)  # only so does the system wait for all
+    first = max(0, len(view) - _PART)  # after these come _PART more, so that waiting for that many never waits too long
+    got = 0
     try:
-        return sock.recv_into(view, flags=socket.MSG_WAITALL)
+        got += _waited(sock, view[:first], _PART) if first else 0
+        return got if got < first else got + _waited(sock, view[first:], 1)
     except BlockingIOError:
-        raise TimeoutError from None
+        if not got:
+            raise TimeoutError from None
+        return got
     finally:
         sock.settimeout(timeout)
+
+
+def _waited(sock: socket.socket, view: memoryview, part: int) -> int:
+    """Fill `view`, waking after `part` bytes at the soonest. Returns how many came until the timeout or the end."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, part)
+    return sock.recv_into(view, flags=socket.MSG_WAITALL)
