@@ -8,7 +8,6 @@ import socket
 import struct
 from collections.abc import Iterator
 
-
 _PART = 256 << 10  # bytes that the system waits for before it wakes the thread
 
 
