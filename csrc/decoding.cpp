@@ -103,7 +103,11 @@ std::shared_ptr<const Decoding::Held> Decoding::held(const std::vector<Source>& 
     loaded->companions.push_back(nullptr);
     if (!is_held(int(i))) continue;
     loaded->copies.emplace_back(new char[size_t(c.bytes)]);
-    loaded->companions[i] = sources[size_t(c.source)].get(c.offset, c.bytes, loaded->copies.back().get());
+    char* const copy = loaded->copies.back().get();
+    // Never in place out of a mapping: only the block that asked would learn that a page of it failed.
+    const Source& from = sources[size_t(c.source)];
+    if (from.is_mapped()) from.read(c.offset, c.bytes, copy);
+    loaded->companions[i] = from.is_mapped() ? copy : from.get(c.offset, c.bytes, copy);
     *bytes_read += c.bytes;
   }
   held_ = loaded;

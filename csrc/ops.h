@@ -56,7 +56,7 @@ struct CombineArgs {
   int n, k;
   DType out_dtype;
   bool stochastic, fp8_saturate;
-  bool streamed;    // store the outputs around the caches; only `combine` looks at it
+  bool streamed;    // store the outputs around the caches, where the kernel can
   int stats_every;  // chunk c of the tensor is sampled iff c % stats_every == 0; 0 samples none
   int64_t numel;    // elements in this call
   int64_t first;    // index, in the tensor, of this call's first element

@@ -18,7 +18,8 @@ def received(answer: http.client.HTTPResponse, sock: socket.socket | None, view:
     sock  of the answer, with a timeout; None: it has none that can be read beside http.client
     Raises: OSError and HTTPException of the connection; TimeoutError.
     """
-    done, direct = 0, type(sock) is socket.socket and answer.length == len(view)  # no TLS, no chunks
+    plain = type(sock) is socket.socket and bool(sock.gettimeout())  # no TLS
+    done, direct = 0, plain and answer.length == len(view)  # no chunks
     while done < len(view):
         if not direct:
             got = answer.readinto(view[done:])

@@ -106,7 +106,7 @@ def test_list_of_commands_cuts_no_sentence():
         (["average", "a", "b", "o ut"], 2, "Write it as -o OUT: fastinterp average a b -o 'o ut'"),
         (["average", "a", "."], 2, "the output is not named. Write it as -o OUT: fastinterp average a . -o OUT"),
         (["merge", "--bogus"], 2, "No such option '--bogus'."),
-        (["merge", "--threds"], 2, "No such option '--threds'. Did you mean '--threads'?"),
+        (["merge", "--threds"], 2, "No such option '--threds'. (Did you mean one of: '--read', '--threads'?)"),
         (["--vers"], 2, "No such option '--vers'. Did you mean '--version'?"),
         (["merge", "recipe.yml", "out", "--cuda"], 2, "No such option: --cuda. Use --device cuda."),
         (["merge", "recipe.yml", "out", "--out-shard-size", "5B"], 2, "Use --max-shard-size, in bytes: 5GB."),

@@ -144,3 +144,15 @@ def test_rows_that_are_not_finite(isa, out):
     rows = [Row(0, 1.0, ((1, 0.5),))] * 9 + [Row(0, 1.0, ((2, 0.5),)), Row(0, 1.0, ((3, 3e38),))]
     for some in (rows, rows[::-1], rows[-2:]):
         check(isa, raws, [out] * 4, some, out)
+
+
+@vectors
+def test_a_row_has_as_many_terms_as_a_call_has_inputs_at_most(isa):
+    values = [np.full(256, i, np.float32).view("u1") for i in (1, 2)]
+    for terms in (64, 65):
+        row = Row(0, 1.0, ((1, 0.25),) * terms)
+        if terms == 64:
+            check(isa, values, [F32, F32], [row], F32)
+        else:
+            with pytest.raises(ValueError, match="terms of a row"):
+                check(isa, values, [F32, F32], [row], F32)
