@@ -104,10 +104,9 @@ std::shared_ptr<const Decoding::Held> Decoding::held(const std::vector<Source>& 
     if (!is_held(int(i))) continue;
     loaded->copies.emplace_back(new char[size_t(c.bytes)]);
     char* const copy = loaded->copies.back().get();
-    // Never in place out of a mapping: only the block that asked would learn that a page of it failed.
-    const Source& from = sources[size_t(c.source)];
-    if (from.is_mapped()) from.read(c.offset, c.bytes, copy);
-    loaded->companions[i] = from.is_mapped() ? copy : from.get(c.offset, c.bytes, copy);
+    // Not where they lie: if a page of a mapping failed, only the block that asked would be told.
+    sources[size_t(c.source)].read(c.offset, c.bytes, copy);
+    loaded->companions[i] = copy;
     *bytes_read += c.bytes;
   }
   held_ = loaded;

@@ -8,10 +8,12 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import fastinterp
@@ -19,12 +21,12 @@ from benchmarks.methods import CASES, recipe, write_sidecars
 from fastinterp.backends.cpu import MappedFile, Pump, PumpOptions
 from fastinterp.execute import rounds, sources
 from fastinterp.execute.reading import reading_device
-from fastinterp.ops.combine import Combine
+from fastinterp.ops.combine import Combine, Row
 from fastinterp.ops.dtypes import BF16, F16, F32, F64
-from fastinterp.ops.operands import Stored
+from fastinterp.ops.operands import Decoder, Stored
 from fastinterp.ops.steps import Combine as CombineStep
 from fastinterp.ops.steps import Measure
-from tests.support import quantised_models
+from tests.support import codes, quantised_models
 from tests.support.backends import usable
 from tests.support.checkpoints import Tensor, integers, moved, weights, write, write_sparse
 from tests.support.written import tree
@@ -82,6 +84,36 @@ def test_codes_with_scales(tmp_path, form):
     found = quantised_models.FORMS[form]
     quantised_models.saved(tmp_path, found, quantised_models.family(found, 2))
     same(tmp_path, lambda read, out: fastinterp.interpolate(tmp_path / "a", tmp_path / "b", 0.3, out, read=read))
+
+
+def test_scales_are_not_read_in_place(tmp_path):
+    """Scales are read once and serve all blocks: pages that fail, or change, after that are read by nobody."""
+    tensor = codes.scaled("scaled_i8", (4096, 4096), 0, (1, 4096), 4096)
+    (scales,) = tensor.companions
+    tensor.raw.tofile(tmp_path / "codes")
+    decoder = Decoder(tensor.name, tensor.columns, ((1, 0, scales.size),), tensor.parameters)
+    step = CombineStep(
+        inputs=(Stored(0, 0, F32.kernel_code, decoder),), numel=tensor.numel, sinks=(0,), offsets=(0,),
+        out_dtype=F32.kernel_code, rows=(Row(0),),
+    )  # fmt: skip
+    in_time = 0
+    for _ in range(10):
+        scales.tofile(tmp_path / "scales")
+        with ExitStack() as stack:
+            files = [stack.enter_context(open(tmp_path / name, "r+b")) for name in ("codes", "scales")]
+            out = stack.enter_context(open(tmp_path / "out", "w+b"))
+            sources = [MappedFile(file.fileno()) for file in files]
+            pump = Pump(sources, [out.fileno()], [step], PumpOptions(threads=1))
+            pump.start()
+            while not pump.wait(0) and not pump.bytes_written:
+                pass
+            os.pwrite(files[1].fileno(), bytes(scales.size), 0)
+            in_time += not pump.wait(0)
+            assert pump.wait(60)
+            pump.join()
+            assert pump.error() is None
+        assert (codes.bits(np.fromfile(tmp_path / "out", np.float32)) == tensor.want).all()
+    assert in_time, "no run took long enough"
 
 
 @pytest.mark.parametrize("isa", usable())
@@ -288,6 +320,13 @@ SETTING = """
         made.start()
         assert made.wait(60)
         return made
+    def cut():  # the same, of a file that has no pages any more
+        mapped = MappedFile(file.fileno())
+        os.truncate("x", 0)
+        made = Pump([mapped], [], [step], PumpOptions(threads=1))
+        made.start()
+        assert made.wait(60)
+        return made
     def caught():  # whether this process has a handler of SIGBUS
         line = next(line for line in open("/proc/self/status") if line.startswith("SigCgt"))
         return bool(int(line.split()[1], 16) >> (signal.SIGBUS - 1) & 1)
@@ -324,11 +363,7 @@ def test_faulthandler_is_called(tmp_path, when):
 @pytest.mark.parametrize("when", [BEFORE, AGAIN, BURIED], ids=["before", "again", "buried"])
 def test_own_faults_are_not_told_to_faulthandler(tmp_path, when):
     code = when + textwrap.dedent("""
-        mapped = MappedFile(file.fileno())
-        os.truncate("x", 0)
-        held = Pump([mapped], [], [step], PumpOptions(threads=1))
-        held.start()
-        assert held.wait(60)
+        held = cut()
         held.join()
         print(held.error())
     """)
@@ -373,11 +408,7 @@ def test_threads_that_block_signals(tmp_path):
     """A fault of a thread that blocks SIGBUS would end the process, and threads inherit what is blocked."""
     code = """
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        mapped = MappedFile(file.fileno())
-        os.truncate("x", 0)
-        held = Pump([mapped], [], [step], PumpOptions(threads=1))
-        held.start()
-        assert held.wait(60)
+        held = cut()
         print(held.error())
     """
     done = alone(code, tmp_path)
@@ -389,11 +420,7 @@ def test_fork_during_a_merge(tmp_path):
         held = pump()
         child = os.fork()
         if child == 0:
-            mapped = MappedFile(file.fileno())
-            os.truncate("x", 0)
-            again = Pump([mapped], [], [step], PumpOptions(threads=1))
-            again.start()
-            assert again.wait(60)
+            again = cut()
             again.join()
             os._exit(7 if again.error() == ("read", 0, 0, 0, 4096, 0) else 1)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
