@@ -308,7 +308,9 @@ ParsedRow parse_row(const py::handle& object, size_t inputs) {
     if (input < 0 || size_t(input) >= inputs) throw py::value_error("a row's term is none of the inputs");
     row.terms.push_back({input, weight});
   }
-  if (!row.terms.empty()) check_count(row.terms.size(), kMaxInputs, "terms of a row");
+  if (row.terms.size() > size_t(kMaxInputs))
+    throw py::value_error("a row has at most " + std::to_string(kMaxInputs) + " terms, got " +
+                          std::to_string(row.terms.size()));
   return row;
 }
 
