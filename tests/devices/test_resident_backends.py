@@ -17,6 +17,7 @@ from fastinterp.execute.device import resident
 from fastinterp.ops.contract import STRIP
 from tests.in_memory.test_merge_tensors import WAYS
 from tests.support.devices import resident_cases
+from tests.support.devices.emulated import deferred_cuda
 from tests.support.devices.on_host import HostDevice, Streams, device, streams
 
 __all__ = ["device", "streams"]  # fixtures
@@ -41,15 +42,7 @@ class Cuda:
 @pytest.fixture
 def cuda(device: HostDevice, streams: Streams, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cuda]:
     """What is put into its streams is not done before it is waited for."""
-    host: Any = pytest.importorskip("tests.support.devices.cuda_host")
-    if host.missing():
-        pytest.skip(host.missing())
-    runtime = host.fake()
-    runtime.reset(runtime.DEFERRED)
-    monkeypatch.setitem(sys.modules, "fastinterp._cuda", host.module())
-    monkeypatch.setattr("fastinterp._cuda", host.module(), raising=False)
-    backend: Any = pytest.importorskip("fastinterp.backends.cuda")
-    found = backend.CudaDevice(0)
+    found, runtime = deferred_cuda(monkeypatch)
     monkeypatch.setattr(resident_devices, "_opened", {0: found})
     queue = found.queue()
     streams.current = queue.handle

@@ -263,7 +263,9 @@ def check_divergence(data: Sequence[Raw], dtypes: Sequence[DType], columns: int,
 
 
 @pytest.mark.parametrize("dtypes", [(BF16, BF16), (F32, F64), (F16, F8_E4M3)], ids=str)
-@pytest.mark.parametrize("shape", [(300, 1), (70, 3), (9, 256), (3, 1025), (2, 16384), (2, 16385), (1, 40000)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(300, 1), (4000, 2), (70, 3), (9, 256), (3, 1025), (2, 16384), (2, 16385), (1, 40000)], ids=str
+)
 def test_divergence(shape, dtypes):
     data = raws("normal", dtypes, shape[0] * shape[1])
     found = check_divergence(data, dtypes, shape[1])

@@ -75,7 +75,9 @@ def test_masked_statistics(isa, dtype, shape, models):
 
 
 @one_dtype
-@pytest.mark.parametrize("shape", [(1, 1), (3, 255), (2, 16385), (5, 1025)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (3, 255), pytest.param((2, 16385), marks=pytest.mark.slow(4)), (5, 1025)], ids=str
+)
 @pytest.mark.parametrize("inputs", [1, 2, 3, 4])
 def test_measures(dtype, shape, inputs):
     for kind in ("close", "patterns"):

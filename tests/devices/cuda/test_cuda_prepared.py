@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,6 +16,7 @@ from fastinterp.ops.dtypes import CODE_BYTES
 from fastinterp.ops.operands import Stored
 from fastinterp.ops.steps import Combine as CombineStep
 from fastinterp.ops.steps import Measure
+from tests.support.devices.emulated import deferred_cuda
 
 F64, F32, F16, BF16 = 0, 1, 2, 3
 ROWS = [
@@ -31,17 +31,8 @@ ROWS = [
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Device 0 of an emulated runtime, which does nothing before it is waited for."""
-    host: Any = pytest.importorskip("tests.support.devices.cuda_host")
-    if host.missing():
-        pytest.skip(host.missing())
-    runtime = host.fake()
-    runtime.reset(runtime.DEFERRED)
-    monkeypatch.setitem(sys.modules, "fastinterp._cuda", host.module())
-    monkeypatch.setattr("fastinterp._cuda", host.module(), raising=False)
-    from fastinterp.backends.cuda import CudaDevice
-
-    device = CudaDevice(0)
-    device.runtime = runtime  # type: ignore[attr-defined]
+    device, runtime = deferred_cuda(monkeypatch)
+    device.runtime = runtime
     yield device
     assert runtime.wrong() == ""
 
