@@ -46,8 +46,6 @@ class RemoteSource:
 
     def __init__(self, cache: RangeCache, file: int) -> None: ...
 
-# A file descriptor, ("memory", address, bytes), or a file elsewhere: the caller keeps it alive and lets nobody write to
-# it.
 class MappedFile:
     """A whole file as a source of a Pump, whose kernels read it where the page cache has it.
 
@@ -61,6 +59,8 @@ class MappedFile:
     @property
     def failed(self) -> bool: ...  # whether a page could not be read
 
+# A file descriptor, ("memory", address, bytes), a file elsewhere, or one that is mapped: the caller keeps it alive and
+# lets nobody write to it.
 _Source = int | tuple[str, int, int] | RemoteSource | MappedFile
 
 def isas() -> list[str]: ...

@@ -41,12 +41,13 @@ def received(answer: http.client.HTTPResponse, sock: socket.socket | None, view:
 def _receive(sock: socket.socket, view: memoryview) -> int:
     """Fill `view` from a socket with a timeout. Returns how many bytes came until that, or until it was closed.
 
-    This is one call of the system for all of them, without the interpreter's lock, where http.client calls Python for
-    every piece that is there. The timeout is of all its waits together: a server that stalls after the first bytes of a
-    call is noticed within twice that time.
+    These are two calls of the system for all of them, without the interpreter's lock, where http.client calls Python
+    for every piece that is there. The timeout is of all waits of a call together: a server that stalls after the first
+    bytes of one is noticed within twice that time.
     Raises: OSError; TimeoutError, if none came.
     """
-    timeout = sock.gettimeout() or 0.0
+    timeout = sock.gettimeout()
+    assert timeout  # of every connection that is read so
     fraction, seconds = math.modf(timeout)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(seconds), int(fraction * 1e6)))
     sock.settimeout(None)  # only so does the system wait for all
