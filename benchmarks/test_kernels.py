@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -69,8 +70,8 @@ def test_combine(benchmark, case: KernelCase, rival: Rival, threads: int):
 
 @lru_cache(maxsize=1)
 def _shared(case: KernelCase) -> KernelCase:
-    """One case's arrays serve all rivals, which follow each other."""
-    return case
+    """One case's arrays serve all rivals, which follow each other. A copy, as pytest keeps the cases of all tests."""
+    return replace(case)
 
 
 # --- the floor -------------------------------------------------------------------------------------------------------

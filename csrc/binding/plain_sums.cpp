@@ -1,3 +1,6 @@
+#include <pybind11/numpy.h>
+
+#include <algorithm>
 #include <cctype>
 #include <cstdint>
 #include <cstdlib>
@@ -14,21 +17,17 @@ namespace fi {
 
 namespace {
 
-// What __array_struct__ of a numpy array points to: version 3 of numpy's array interface.
-struct ArrayInterface {
-  int two, dimensions;
-  char kind;
-  int item_bytes, flags;
-  Py_ssize_t *shape, *strides;
-  void* data;
-  PyObject* description;
-};
-constexpr int kContiguous = 0x1, kNative = 0x200, kWritable = 0x400;
-
+// An array or tensor. Its shape is the array's own, or `own`.
 struct View {
   uintptr_t address = 0;
   DType dtype{};
-  std::vector<int64_t> shape;
+  int dimensions = 0;
+  const Py_ssize_t* shape = nullptr;
+  std::vector<Py_ssize_t> own;
+
+  bool is_shaped_as(const View& other) const {
+    return dimensions == other.dimensions && std::equal(shape, shape + dimensions, other.shape);
+  }
 };
 
 // An attribute's name. What fails returns null or false, and leaves no Python error.
@@ -50,7 +49,7 @@ class Name {
 };
 
 struct Names {
-  Name array_struct{"__array_struct__"}, dtype{"dtype"}, shape{"shape"}, data_ptr{"data_ptr"}, is_cpu{"is_cpu"};
+  Name dtype{"dtype"}, shape{"shape"}, data_ptr{"data_ptr"}, is_cpu{"is_cpu"};
   Name is_contiguous{"is_contiguous"}, is_neg{"is_neg"}, requires_grad{"requires_grad"};
 };
 
@@ -60,8 +59,7 @@ const Names& names() {
 }
 
 // codes: dtype -> code. False: it has none.
-bool dtype_of_array(const py::handle& array, const py::dict& codes, DType* dtype) {
-  const py::object key = names().dtype.of(array);
+bool find_code(const py::handle& key, const py::dict& codes, DType* dtype) {
   PyObject* code = key ? PyDict_GetItemWithError(codes.ptr(), key.ptr()) : nullptr;
   if (code == nullptr) {
     PyErr_Clear();
@@ -72,14 +70,13 @@ bool dtype_of_array(const py::handle& array, const py::dict& codes, DType* dtype
 }
 
 bool view_of_array(const py::handle& array, const py::dict& codes, bool writable, View* view) {
-  const py::object capsule = names().array_struct.of(array);
-  if (!capsule || !PyCapsule_CheckExact(capsule.ptr())) return false;
-  const auto* a = static_cast<const ArrayInterface*>(PyCapsule_GetPointer(capsule.ptr(), nullptr));
-  const int needed = kContiguous | kNative | (writable ? kWritable : 0);
-  if (a == nullptr || a->two != 2 || (a->flags & needed) != needed || !dtype_of_array(array, codes, &view->dtype))
-    return false;
+  const auto* a = py::detail::array_proxy(array.ptr());
+  const int needed =
+      py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_ | (writable ? py::detail::npy_api::NPY_ARRAY_WRITEABLE_ : 0);
+  if ((a->flags & needed) != needed || !find_code(a->descr, codes, &view->dtype)) return false;
   view->address = reinterpret_cast<uintptr_t>(a->data);
-  view->shape.assign(a->shape, a->shape + a->dimensions);
+  view->dimensions = a->nd;
+  view->shape = a->dimensions;
   return true;
 }
 
@@ -88,20 +85,22 @@ bool view_of_tensor(const py::handle& tensor, const py::dict& codes, bool follow
   if (!n.is_cpu.is(tensor, Py_True) || !n.is_contiguous.returns(tensor, Py_True) || !n.is_neg.returns(tensor, Py_False))
     return false;
   if (followed && !n.requires_grad.is(tensor, Py_False)) return false;
-  if (!dtype_of_array(tensor, codes, &view->dtype)) return false;
+  if (!find_code(n.dtype.of(tensor), codes, &view->dtype)) return false;
   const py::object shape = n.shape.of(tensor), address = n.data_ptr.called(tensor);
   if (!shape || !PyTuple_Check(shape.ptr()) || !address) return false;
   for (const py::handle length : py::reinterpret_borrow<py::tuple>(shape))
-    view->shape.push_back(length.cast<int64_t>());
+    view->own.push_back(length.cast<Py_ssize_t>());
+  view->dimensions = int(view->own.size());
+  view->shape = view->own.data();
   view->address = address.cast<uintptr_t>();
   return view->address != 0;  // whose storage was let go
 }
 
 // The backend that FASTINTERP_ISA names, in any case, else the best. Null: Python has to say what is wrong with it.
 const Backend* chosen_backend() {
-  std::string name;
-  if (const char* set = std::getenv("FASTINTERP_ISA")) name = set;
-  if (name.empty()) return &best_backend();
+  const char* set = std::getenv("FASTINTERP_ISA");
+  if (set == nullptr || *set == 0) return &best_backend();
+  std::string name = set;
   for (char& c : name) c = char(std::tolower(static_cast<unsigned char>(c)));
   const Backend* backend = find_backend(name.c_str());
   return backend != nullptr && backend->usable() ? backend : nullptr;
@@ -121,11 +120,11 @@ class PlainSums {
     const size_t n = held.size();
     std::vector<View> views(n);
     for (size_t i = 0; i < n; ++i)
-      if (!view(held[i], false, followed, &views[i]) || views[i].shape != views[0].shape) return false;
+      if (!view(held[i], false, followed, &views[i]) || !views[i].is_shaped_as(views[0])) return false;
     View target;
-    if (n != sum.inputs() || !view(out, true, followed, &target) || target.shape != views[0].shape) return false;
+    if (n != sum.inputs() || !view(out, true, followed, &target) || !target.is_shaped_as(views[0])) return false;
     int64_t numel = 1, each = size_of(target.dtype);  // each: bytes of an element of all arrays
-    for (const int64_t length : target.shape) numel *= length;
+    for (int i = 0; i < target.dimensions; ++i) numel *= target.shape[i];
     if (numel == 0) return false;
     const auto end = [numel](const View& v) { return v.address + uintptr_t(numel * size_of(v.dtype)); };
     std::vector<uintptr_t> inputs;
