@@ -109,9 +109,13 @@ class EndpointOperands:
         """Raises: CheckpointError, if a file is not what it was when it was opened; UsageError, if a state dict's
         tensors are at other addresses, or have no memory by now.
         """
-        self._files.refuse_changed("it is no longer what Live opened: it was changed or removed. Make a new Live")
+        self.refuse_changed_files()
         if addresses_of(self._tensors) != self._addresses:
             raise UsageError("the tensors of a state dict were given other memory. Give the end points to another Live")
+
+    def refuse_changed_files(self) -> None:
+        """The same for files alone: after they were read, when addresses are of no use any more."""
+        self._files.refuse_changed("it is no longer what Live opened: it was changed or removed. Make a new Live")
 
     @property
     def all_on_device(self) -> bool:

@@ -166,12 +166,12 @@ class Live:
             self._alphas = None
             try:
                 self._writer.write(row)
-                self._operands.refuse_changed()
+                self._operands.refuse_changed_files()
                 self._alphas = point
             except BaseException as error:
                 self._restore()
                 if isinstance(error, CheckpointError):
-                    self._operands.refuse_changed()  # which says more than what came of it
+                    self._operands.refuse_changed_files()  # which says more than what came of it
                 raise
             finally:
                 increment_versions(self._tensors)
