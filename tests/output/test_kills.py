@@ -176,11 +176,14 @@ def starts(kind: Kind, models: Path, tmp_path: Path) -> Callable[[int], Path]:
 
 
 SHORT = ("shards", "over shards by the same", "several", "file")
-SHORT_AND_LONG = [name if name in SHORT else pytest.param(name, marks=pytest.mark.long) for name in KINDS]
+
+
+def short_and_long(short: tuple[str, ...]) -> list[Any]:
+    return [name if name in short else pytest.param(name, marks=pytest.mark.long) for name in KINDS]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SHORT_AND_LONG)
+@pytest.mark.parametrize("name", short_and_long(SHORT))
 def test_next_run_after_a_kill_needs_nobody(models, tmp_path, name):
     kind = KINDS[name]
     whole, states = expected(kind, models, tmp_path / "whole")
@@ -195,7 +198,7 @@ def test_next_run_after_a_kill_needs_nobody(models, tmp_path, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SHORT_AND_LONG)
+@pytest.mark.parametrize("name", short_and_long(("shards", "file")))
 def test_kill_of_the_run_that_mends(models, tmp_path, name):
     """Killed, and the run after it killed as well, at calls drawn at random; then the next one."""
     kind, draw = KINDS[name], random.Random(name)
@@ -210,7 +213,15 @@ def test_kill_of_the_run_that_mends(models, tmp_path, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*SHORT, pytest.param("over several", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "shards",
+        "over shards by the same",
+        "file",
+        *(pytest.param(n, marks=pytest.mark.long) for n in ("several", "over several")),
+    ],
+)
 def test_another_merge_after_a_kill(models, tmp_path, name):
     """It ends the finish of the first one, and is refused for that; with force, or where nothing was finished, it
     writes its own. Never a mix."""

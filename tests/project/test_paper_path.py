@@ -333,6 +333,7 @@ def test_commands_say_what_comes_first(command, tmp_path):
     assert "Run `train`" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.slow(120)
 def test_short_form_runs_and_holds(tmp_path):
     """Training, sweep and report: no barrier, monotone, ends equal bit for bit. What is trained is kept."""

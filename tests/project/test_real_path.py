@@ -267,7 +267,7 @@ def test_what_is_done_is_kept_and_what_has_other_settings_is_done_again(tmp_path
     assert len(main.measuring_jobs(tmp_path, other)) == 3 and len(main.training_jobs(tmp_path, other)) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.slow(100)
 def test_short_form_holds(tmp_path):
     """On the pretrained model: the ends bit-equal, no barrier, sentiment rises, and bf16 makes a staircase."""
     try:
