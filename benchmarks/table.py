@@ -1,7 +1,7 @@
 """Tables made from the files in benchmarks/results/, so that no number in them is typed.
 
 python -m benchmarks.table            print the table of the races
-python -m benchmarks.table --write    put it, and that of the methods, between their markers in docs/performance.md
+python -m benchmarks.table --write    put it, and those of methods and kernels, into docs/performance.md
 python -m benchmarks.table --check    fail if they are not what stands there
 """
 
@@ -47,11 +47,17 @@ def load(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
 
 def table(races: list[dict[str, Any]], kernels: dict[str, Any] | None) -> list[str]:
     shown = [name for name in RIVALS if any(name in r["racers"] for r in races)]
-    head = ["merge", "fastinterp", "memory", *(RIVALS[name] for name in shown)]
+    head = ["merge", "measured", "fastinterp", "memory", *(RIVALS[name] for name in shown)]
     lines = [_row(head), _row(["---", *["---:"] * (len(head) - 1)])]
+    machines = list(dict.fromkeys(map(_machine, races)))
     for race in races:
         own = race["racers"]["fastinterp"]
-        cells = [_race(race), _seconds(own["median_wall_s"]), f"{own['peak_anon_bytes'] / 1e6:.0f} MB"]
+        cells = [
+            _race(race),
+            f"({1 + machines.index(_machine(race))})",
+            _seconds(own["median_wall_s"]),
+            f"{own['peak_anon_bytes'] / 1e6:.0f} MB",
+        ]
         for name in shown:
             r = race["racers"].get(name)
             cells.append(f"{_seconds(r['median_wall_s'])} ({_digits(r['ratio']['median'])})" if r else "")
@@ -61,7 +67,7 @@ def table(races: list[dict[str, Any]], kernels: dict[str, Any] | None) -> list[s
         *lines, "",
         f"Wall time, process start included: medians of {' or '.join(map(str, runs))} interleaved runs; in brackets, "
         "fastinterp's time as a part of that. Memory: peak anonymous memory.",
-        *sorted({_machine(race) for race in races}),
+        *(f"({i}) {machine}" for i, machine in enumerate(machines, 1)),
         _slowest(races),
         *([_kernels(kernels["benchmarks"])] if kernels else []),
     ]  # fmt: skip
@@ -83,6 +89,35 @@ def methods_table(found: dict[str, Any]) -> list[str]:
         )  # fmt: skip
     race = {"racers": {}, "provenance": found["provenance"]}
     return [*lines, "", _machine(race)]
+
+
+def kernels_table(found: dict[str, Any]) -> list[str]:
+    """Every sum of kernels.json: its rate, as a part of a copy's, and the fastest other that can compute it."""
+    every = [b["extra_info"] for b in found["benchmarks"]]
+    places = sorted({(e["place"], e["threads"]) for e in every})
+    heads = [f"{'one thread' if t == 1 else f'{t} threads'}, in {place}" for place, t in places]
+    head = ["dtype", "inputs", "outputs", *(text for h in heads for text in (h, "fastest other"))]
+    lines = [_row(head), _row(["---", *["---:"] * (len(head) - 1)])]
+    for dtype, k, n in dict.fromkeys((e["dtype"], e["k"], e["n"]) for e in every):
+        cells = [dtype, str(n), str(k)]
+        for place, threads in places:
+            wanted = (dtype, n, k, place, threads)
+            case = [e for e in every if (e["dtype"], e["n"], e["k"], e["place"], e["threads"]) == wanted]
+            own = next(e for e in case if e["rival"] == "fastinterp")
+            other = max((e for e in case if e is not own), key=lambda e: e["gb_s"], default=None)
+            cells.append(f"{_digits(own['gb_s'])} ({own['percent_of_copy']:.0f} %)")
+            ahead = "**" if other and other["gb_s"] > own["gb_s"] else ""
+            cells.append(f"{ahead}{other['rival']} {_digits(other['gb_s'])}{ahead}" if other else "")
+        lines.append(_row(cells))
+    where = found["machine_info"]
+    versions = ", ".join(f"{name} {version}" for name, version in where["rivals"].items() if name != "fastinterp")
+    return [
+        *lines, "",
+        "GB/s read and written; in brackets, as a part of a copy of as many bytes on as many threads. In bold: another "
+        "is faster.",
+        f"Measured on {where['cpu']}, {where['cores']} cores, {where['memory_bytes'] / 1e9:.0f} GB, {where['system']}, "
+        f"with fastinterp {where['fastinterp']} at {where['commit'][:9]} ({where['isa']}); {versions}.",
+    ]  # fmt: skip
 
 
 def _row(cells: list[str]) -> str:
@@ -176,14 +211,13 @@ def _between(file: Path, begin: str, end: str, lines: list[str], write: bool) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument(
-        "--page", type=Path, default=ROOT / "docs" / "performance.md", help="with the table of the races"
-    )
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "performance.md", help="with the tables")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--write", action="store_true")
     what.add_argument("--check", action="store_true")
     asked = parser.parse_args()
-    lines = table(*load(asked.results))
+    races, kernels = load(asked.results)
+    lines = table(races, kernels)
     if not (asked.write or asked.check):
         print("\n".join(lines))
         return
@@ -191,8 +225,9 @@ def main() -> None:
     methods = asked.results / METHODS
     if methods.exists():
         rows = methods_table(json.loads(methods.read_text("utf-8")))
-        page = ROOT / "docs" / "performance.md"
-        _between(page, "<!-- methods:begin -->", "<!-- methods:end -->", rows, asked.write)
+        _between(asked.page, "<!-- methods:begin -->", "<!-- methods:end -->", rows, asked.write)
+    if kernels:
+        _between(asked.page, "<!-- kernels:begin -->", "<!-- kernels:end -->", kernels_table(kernels), asked.write)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -372,9 +373,10 @@ def test_kernel_benchmarks_find_a_wrong_answer():
 def test_the_table_cannot_drift_from_the_results(tmp_path):
     """--write makes what --check wants; one digit changed, and --check fails."""
     (tmp_path / "race-1b.json").write_text(json.dumps(RACE))
-    (tmp_path / "kernels.json").write_text(json.dumps({"benchmarks": [{"extra_info": e} for e in KERNELS]}))
+    (tmp_path / "kernels.json").write_text(json.dumps({"benchmarks": [{"extra_info": e} for e in KERNELS], **MACHINE}))
     page = tmp_path / "performance.md"
-    page.write_text("before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n")
+    marked = "".join(f"<!-- {name}:begin -->\nold\n<!-- {name}:end -->\n" for name in ("bench", "kernels"))
+    page.write_text(f"before\n{marked}after\n")
 
     def table(*args: str) -> subprocess.CompletedProcess[str]:
         program = [sys.executable, "-m", "benchmarks.table", "--results", tmp_path, "--page", page, *args]
@@ -383,15 +385,18 @@ def test_the_table_cannot_drift_from_the_results(tmp_path):
     assert "Run: python -m benchmarks.table --write" in table("--check").stderr
     assert table("--write").returncode == 0
     text = page.read_text()
-    assert text.startswith("before\n<!-- bench:begin -->\n| merge |") and text.endswith("<!-- bench:end -->\nafter\n")
-    assert "| 0.50 s | 20 MB | 1.0 s (0.50) | 60 s (0.0083) |" in text
+    assert text.startswith("before\n<!-- bench:begin -->\n| merge |") and text.endswith("<!-- kernels:end -->\nafter\n")
+    assert "warm page cache | (1) | 0.50 s | 20 MB | 1.0 s (0.50) | 60 s (0.0083) |" in text
     assert "Slowest against its floor (`cp` of one input): average of 2 checkpoints of 2.20 GB, BF16, warm" in text
     assert (
         "bf16-n2-k1-cache-t1, 10 %. Another is faster in 1 of 1 cases, most in bf16-n2-k1-cache-t1: lerp, 2.0" in text
     )
+    assert "| BF16 | 2 | 1 | 20 (10 %) | **lerp 39** | 0.39 (90 %) |  |" in text
+    assert "with fastinterp 0.1.0 at 0123456 (avx2); lerp 2.13." in text
     assert table("--check").returncode == 0
-    page.write_text(text.replace("0.50 s", "0.51 s"))
-    assert table("--check").returncode == 1
+    for was, changed in (("0.50 s", "0.51 s"), ("**lerp 39**", "lerp 39")):
+        page.write_text(text.replace(was, changed))
+        assert table("--check").returncode == 1
 
 
 def racer(wall_s: float, version: str | None, anon: int) -> dict[str, object]:
@@ -399,7 +404,7 @@ def racer(wall_s: float, version: str | None, anon: int) -> dict[str, object]:
     return {"median_wall_s": wall_s, "version": version, "peak_anon_bytes": anon, "ratio": ratio}
 
 
-RACE = {
+RACE: dict[str, Any] = {
     "benchmark": "race",
     "recipe": "average",
     "inputs": 2,
@@ -426,7 +431,10 @@ RACE = {
 }
 _CASE = {"dtype": "BF16", "n": 2, "k": 1, "threads": 1}
 KERNELS = [
-    {**_CASE, "place": "cache", "rival": "fastinterp", "p50_s": 2e-5, "percent_of_copy": 10.0},
-    {**_CASE, "place": "cache", "rival": "lerp", "p50_s": 1e-5, "percent_of_copy": 20.0},
-    {**_CASE, "place": "memory", "rival": "fastinterp", "p50_s": 2e-3, "percent_of_copy": 90.0},
+    {**_CASE, "place": "cache", "rival": "fastinterp", "p50_s": 2e-5, "gb_s": 19.7, "percent_of_copy": 10.0},
+    {**_CASE, "place": "cache", "rival": "lerp", "p50_s": 1e-5, "gb_s": 39.3, "percent_of_copy": 20.0},
+    {**_CASE, "place": "memory", "rival": "fastinterp", "p50_s": 2e-3, "gb_s": 0.39, "percent_of_copy": 90.0},
 ]
+MACHINE = {
+    "machine_info": RACE["provenance"] | {"commit": "0123456", "rivals": {"fastinterp": "0.1.0", "lerp": "2.13"}}
+}
