@@ -58,7 +58,7 @@ def angle(a2: float, b2: float, ab: float) -> float:
 
 
 def each_angle(a2: Column, b2: Column, ab: Column) -> array[float]:
-    """The same of each group. One loop without calls in Python, as rows are many."""
+    """The same of each group. One loop that calls no function of Python, as rows are many."""
     sqrt, atan2, found = math.sqrt, math.atan2, array("d")
     for aa, bb, product in zip(a2, b2, ab, strict=True):
         lengths = sqrt(aa) * sqrt(bb)
