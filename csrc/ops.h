@@ -191,10 +191,10 @@ struct MaskedSumArgs {
 constexpr int kMaskedTile = 1024;  // elements
 FI_INLINE int64_t masked_sum_scratch(int terms) { return int64_t(terms) * kMaskedTile * 16; }
 
-// Bins in which the magnitudes of a row are counted, twice, with two limits for each.
-constexpr int kRankBins = 8192;
-constexpr int64_t kRankBinsBytes = kRankBins * 16;
-constexpr int64_t kRankCountBytes = kRankBins * 8;  // of them the counts, which come first
+// Bins in which the magnitudes of a row are counted, a quarter of them in each of four tables, and limits of each bin.
+constexpr int kRankBins = 4096;
+constexpr int64_t kRankCountBytes = kRankBins * 16;  // of the counts, which come first
+constexpr int64_t kRankBinsBytes = kRankCountBytes + kRankBins * 4;
 
 // The mask of one row of one delta, by a test whose limit depends on the rank in the row.
 struct RankArgs {

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Generator, Sequence
-from itertools import chain
+from collections.abc import Generator, Iterable, Sequence
 from operator import mul
 from typing import Any
 
@@ -17,30 +16,59 @@ NEARLY_OPPOSITE = 1e-6  # radians; closer to pi, the direction of a great circle
 APART = 8.0  # a model shorter than the first by more than this loses more than 3 of its bits in a delta from it
 
 Vector = list[float]
-Gram = tuple[tuple[float, ...], ...]
+Column = Sequence[float]  # a number of each group, be it the tensor, a row or a column
+Columns = tuple[tuple[Column, ...], ...]
+
+
+def grams(name: str, per: Per, *, deltas: bool = True) -> Generator[Request, Any, Columns]:
+    """The Gram matrices of all groups of the tensor called `name`, n x n columns, once lengths and angles are defined.
+
+    Raises: MethodError, if a model has NaN or Inf in it, or numbers beyond 1e150.
+    """
+    measured = yield Measure(deltas=deltas, per=per)
+    if per == "tensor":
+        measured = finite(measured, name)
+        return tuple(tuple((x,) for x in row) for row in measured.gram)
+    gram: Columns = measured.gram
+    _check_finite([column for i, row in enumerate(gram) for column in row[i:]], name)
+    return gram
 
 
 def finite(measured: Measured, name: str) -> Measured:
     """`measured`, if its Gram matrix is finite, so that lengths and angles are defined.
 
-    Raises: MethodError, if a model has NaN or Inf in the tensor called `name`, or numbers beyond 1e150.
+    Raises: MethodError, as `grams`.
     """
-    if not all(map(math.isfinite, chain.from_iterable(measured.gram))):
+    _check_finite(measured.gram, name)
+    return measured
+
+
+def _check_finite(columns: Iterable[Column], name: str) -> None:
+    # Where a sum is not finite, an element may be at fault, or the sum of large ones.
+    if not all(math.isfinite(sum(column)) or all(map(math.isfinite, column)) for column in columns):
         raise MethodError(
             f"{name} holds NaN or Inf, or numbers beyond 1e150, so its lengths and angles are not defined. "
             "Repair the model, or merge with `linear`, which needs neither"
         )
-    return measured
 
 
 def angle(a2: float, b2: float, ab: float) -> float:
     """The angle between a and b, in radians, from <a,a>, <b,b> and <a,b>. A zero vector is at a right angle to all."""
-    lengths = math.sqrt(a2) * math.sqrt(b2)
-    if lengths == 0.0:
-        return math.pi / 2.0
-    c = ab / lengths
-    c = -1.0 if c < -1.0 else min(1.0, c)
-    return math.atan2(math.sqrt((1.0 - c) * (1.0 + c)), c)
+    return each_angle((a2,), (b2,), (ab,))[0]
+
+
+def each_angle(a2: Column, b2: Column, ab: Column) -> array[float]:
+    """The same of each group. One loop that calls no function of Python, as rows are many."""
+    sqrt, atan2, found = math.sqrt, math.atan2, array("d")
+    for aa, bb, product in zip(a2, b2, ab, strict=True):
+        lengths = sqrt(aa) * sqrt(bb)
+        c = product / lengths if lengths else 0.0
+        if c > 1.0:
+            c = 1.0
+        elif c < -1.0:
+            c = -1.0
+        found.append(atan2(sqrt((1.0 - c) * (1.0 + c)), c))
+    return found
 
 
 def angle_to_sum(a2: float, d2: float, ad: float) -> float:
@@ -63,9 +91,9 @@ def arc(t: float, theta: float) -> tuple[float, float]:
     return math.sin((1.0 - t) * theta) / math.sin(theta), math.sin(t * theta) / math.sin(theta)
 
 
-def is_short(g: Gram, i: int) -> bool:
-    """Whether x_i is much shorter than x_0, or 0, by the Gram matrix of x_0 and the deltas: those lose its digits."""
-    return g[0][0] + 2.0 * g[0][i] + g[i][i] < g[0][0] / APART**2
+def is_short(a2: float, d2: float, ad: float) -> bool:
+    """Whether a + d is much shorter than a, or 0, from <a,a>, <d,d> and <a,d>: d loses its digits."""
+    return a2 + 2.0 * ad + d2 < a2 / APART**2
 
 
 class Span:
@@ -109,32 +137,28 @@ class Span:
 def spanned(name: str, *, based: bool) -> Generator[Request, Measured, Span]:
     """Measure the tensor called `name`: once, and once more if without a base a model is much shorter than the first.
 
-    Raises: MethodError, as `finite`.
+    Raises: MethodError, as `grams`.
     """
     measured = finite((yield Measure(deltas=True)), name)
-    if based or not any(is_short(measured.gram, i) for i in range(1, len(measured.gram))):
+    g = measured.gram
+    if based or not any(is_short(g[0][0], g[i][i], g[0][i]) for i in range(1, len(g))):
         return Span(measured, based=based)
     return Span(finite((yield Measure()), name), based=False, deltas=False)
 
 
-def angles(name: str, per: Per = "tensor") -> Generator[Request, Any, tuple[Sequence[float], Sequence[int]]]:
+def angles(name: str, per: Per = "tensor") -> Generator[Request, Any, tuple[Column, Sequence[int]]]:
     """Of each group of the tensor called `name`: the angle between x_0 and x_1, and whether x_1 is much shorter; then
     all are measured once more.
 
-    Raises: MethodError, as `finite`.
+    Raises: MethodError, as `grams`.
     """
-    measured = yield Measure(deltas=True, per=per)
-    thetas, short = array("d"), bytearray()
-    for group in [measured] if per == "tensor" else measured:
-        g = finite(group, name).gram
-        thetas.append(angle_to_sum(g[0][0], g[1][1], g[0][1]))
-        short.append(is_short(g, 1))
+    g = yield from grams(name, per)
+    thetas = array("d", map(angle_to_sum, g[0][0], g[1][1], g[0][1]))
+    short = bytearray(map(is_short, g[0][0], g[1][1], g[0][1]))
     if any(short):
-        measured = yield Measure(per=per)
-        for k, group in enumerate([measured] if per == "tensor" else measured):
-            if short[k]:
-                g = finite(group, name).gram
-                thetas[k] = angle(g[0][0], g[1][1], g[0][1])
+        g = yield from grams(name, per, deltas=False)
+        more = each_angle(g[0][0], g[1][1], g[0][1])
+        thetas = array("d", (b if s else a for a, b, s in zip(thetas, more, short, strict=True)))
     return thetas, short
 
 

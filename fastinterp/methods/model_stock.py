@@ -6,9 +6,9 @@ import math
 from array import array
 
 from fastinterp.methods import method
-from fastinterp.methods._sphere import angle, finite
+from fastinterp.methods._sphere import Columns, each_angle, grams
 from fastinterp.ops.combine import Combine, Tensor
-from fastinterp.ops.requests import GroupCombine, Measure, Measured, Steps
+from fastinterp.ops.requests import GroupCombine, Per, Steps
 
 
 @method(base="required", models=(3, 64), sums_deltas=True)
@@ -24,19 +24,25 @@ def model_stock(n: int, tensor: Tensor, *, filter_wise: bool = False) -> Steps:
     Differs from mergekit `model_stock`: deltas, cosines and t are float64 (mergekit: the storage dtype); cosines of
     short deltas are not damped (mergekit divides by at least 1e-6). NaN or Inf in a model is an error.
     """
-    if not filter_wise or len(tensor.shape) < 2:
-        return Combine(_weights(finite((yield Measure(deltas=True)), tensor.name)), 0)
-    rows = yield Measure(deltas=True, per="row")
-    weights = array("d")
-    for row in rows:
-        weights.extend(_weights(finite(row, tensor.name)))
-    return GroupCombine(weights, n, "row", 0)
+    per: Per = "row" if filter_wise and len(tensor.shape) > 1 else "tensor"
+    shares = _shares((yield from grams(tensor.name, per)))
+    if per == "tensor":
+        return Combine((0.0, *shares * (n - 1)), 0)
+    weights = array("d", bytes(8 * n * len(shares)))
+    for i in range(1, n):
+        weights[i::n] = shares
+    return GroupCombine(weights, n, per, 0)
 
 
-def _weights(measured: Measured) -> tuple[float, ...]:
-    g, count = measured.gram, len(measured.gram) - 1
-    cosines = [math.cos(angle(g[i][i], g[j][j], g[i][j])) for j in range(2, count + 1) for i in range(1, j)]
-    c = math.fsum(cosines) / len(cosines)
-    denominator = 1.0 + (count - 1) * c
-    t = count * c / denominator if denominator >= 1e-6 else 0.0
-    return (0.0, *(t / count,) * count)
+def _shares(g: Columns) -> array[float]:
+    """f64[groups]: t/N, the weight of each delta."""
+    count = len(g) - 1
+    pairs = [(i, j) for j in range(2, count + 1) for i in range(1, j)]
+    cosines = [map(math.cos, each_angle(g[i][i], g[j][j], g[i][j])) for i, j in pairs]
+    shares = array("d")
+    for total in map(math.fsum, zip(*cosines, strict=True)):
+        c = total / len(pairs)
+        denominator = 1.0 + (count - 1) * c
+        t = count * c / denominator if denominator >= 1e-6 else 0.0
+        shares.append(t / count)
+    return shares

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from array import array
+from itertools import chain
 
 from fastinterp.errors import MethodError
 from fastinterp.methods import Each, method
-from fastinterp.methods._sphere import angle, angles, arc, finite
+from fastinterp.methods._sphere import angles, arc, each_angle, grams
 from fastinterp.methods._weights import cancel, shares
 from fastinterp.ops.combine import Combine, Tensor
-from fastinterp.ops.requests import GroupCombine, Measure, Per, Steps
+from fastinterp.ops.requests import GroupCombine, Per, Steps
 
 
 @method(base="optional", models=(2, 3), sums_deltas=True, relative=True, for_more="`multislerp`, `karcher`")
@@ -41,16 +42,13 @@ def nuslerp(
     per: Per = "tensor"
     if not nuslerp_flatten and len(tensor.shape) > 1:
         per = "column" if nuslerp_row_wise else "row"
-    weights = array("d")
     if not based:
         thetas, short = yield from angles(tensor.name, per)
-        for theta in thetas:
-            weights.extend(arc(t, theta))
+        weights = array("d", chain.from_iterable(arc(t, theta) for theta in thetas))
         if per == "tensor":
             return Combine(tuple(weights), pivot=1 if short[0] else None)
         return GroupCombine(weights, n, per)
-    measured = yield Measure(deltas=True, per=per)
-    for group in [measured] if per == "tensor" else measured:
-        g = finite(group, tensor.name).gram
-        weights.extend((0.0, *arc(t, angle(g[1][1], g[2][2], g[1][2]))))
+    g = yield from grams(tensor.name, per)
+    thetas = each_angle(g[1][1], g[2][2], g[1][2])
+    weights = array("d", chain.from_iterable((0.0, *arc(t, theta)) for theta in thetas))
     return Combine(tuple(weights), 0) if per == "tensor" else GroupCombine(weights, n, per, 0)

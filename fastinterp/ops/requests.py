@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import struct
 from array import array
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -68,9 +68,9 @@ class Score:
 class Measure:
     """Request for a Gram matrix, L1 norms and counts: of the n inputs, or with `deltas` of x_0 and of x_i - x_0.
 
-    per   "tensor": the answer is one Measured. "row": a list with one per row, that is per index of all dimensions but
-          the last. "column": one per index of the last dimension. A 1-d or 0-d tensor is one row; each of its elements
-          is a column
+    per   "tensor": the answer is Measured. Else it is MeasuredGroups: "row", with a group per row, that is per index of
+          all dimensions but the last; "column", per index of the last dimension. A 1-d or 0-d tensor is one row; each
+          of its elements is a column
     """
 
     deltas: bool = False
@@ -79,7 +79,7 @@ class Measure:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """The answer to Measure, of the tensor or of one group.
+    """The answer to Measure of the tensor.
 
     gram   f64[n][n], symmetric: gram[i][j] = <v_i, v_j>
     l1     f64[n], sum of |v_i|
@@ -92,6 +92,16 @@ class Measured:
 
     def norm(self, i: int) -> float:
         return math.sqrt(self.gram[i][i])
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredGroups:
+    """The answer to Measure by row or by column, in columns with a number per group, since groups may be many.
+
+    gram   gram[i][j] is f64[groups], <v_i, v_j> of each; symmetric
+    """
+
+    gram: tuple[tuple[Sequence[float], ...], ...]
 
 
 @dataclass(frozen=True, slots=True)

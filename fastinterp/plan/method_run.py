@@ -19,6 +19,7 @@ from fastinterp.ops.requests import (
     MaskedCombine,
     Measure,
     Measured,
+    MeasuredGroups,
     MeasuredMasked,
     MeasureMasked,
     Request,
@@ -179,7 +180,9 @@ def _plausible(request: Request, n: int, shape: tuple[int, ...]) -> Any:
         columns = shape[-1] if len(shape) > 1 else numel
         groups = {"tensor": 1, "row": math.prod(shape[:-1]), "column": columns}[request.per]
         one = _near(n, numel // max(1, groups), 1e-4 if request.deltas else 1.0, request.deltas)
-        return one if request.per == "tensor" else [one]  # one group for all of them: many would take long
+        if request.per == "tensor":
+            return one
+        return MeasuredGroups(tuple(tuple((x,) for x in row) for row in one.gram))  # one for all: many would take long
     if isinstance(request, MeasureMasked):
         masks = request.masks[1:]
         share = [0.0, *(0.0 if m is None else m.probability if m.min_bits == 0 else 0.5 * m.probability for m in masks)]

@@ -12,7 +12,7 @@ from fastinterp import merge_tensors
 from fastinterp.errors import MethodError
 from fastinterp.methods import find
 from fastinterp.ops.combine import Combine, Row, Tensor
-from fastinterp.ops.requests import GroupCombine, Measure, Measured, Per
+from fastinterp.ops.requests import GroupCombine, Measure, Measured, MeasuredGroups, Per
 from tests.support.drive import close, models, run
 
 SHAPES = [(), (1,), (7,), (4, 5), (1, 6), (3, 1), (2, 3, 4), (0,), (0, 3), (3, 0)]
@@ -402,8 +402,10 @@ def test_groups_are_asked_for():
     for name, n, parameters, per in asked:
         steps = find(name)(n, Tensor("t", (2, 3)), **parameters)
         assert next(steps) == Measure(deltas=True, per=per)
-        groups = [given(np.eye(n).tolist())] * (2 if per == "row" else 3)
+        groups = 2 if per == "row" else 3
+        columns = [[float(i == j)] * groups for i in range(n) for j in range(n)]
+        gram = tuple(tuple(columns[n * i : n * i + n]) for i in range(n))
         with pytest.raises(StopIteration) as end:
-            steps.send(groups)
-        assert isinstance(end.value.value, GroupCombine) and len(end.value.value.weights) == n * len(groups)
+            steps.send(MeasuredGroups(gram))
+        assert isinstance(end.value.value, GroupCombine) and len(end.value.value.weights) == n * groups
         assert next(find(name)(n, Tensor("t", (6,)), **parameters)) == Measure(deltas=True)

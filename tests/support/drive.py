@@ -24,6 +24,7 @@ from fastinterp.ops.requests import (
     MaskedCombine,
     Measure,
     Measured,
+    MeasuredGroups,
     MeasuredMasked,
     MeasureMasked,
     Request,
@@ -125,17 +126,16 @@ def _measure(request: Measure, inputs: Sequence[Array]) -> Any:
     vectors: list[Any] = [inputs[0], *deltas(inputs)[1:]] if request.deltas else list(inputs)
     v = np.stack([_rows(x) for x in vectors])
     groups = {"tensor": v.reshape(1, len(v), -1), "row": v.swapaxes(0, 1), "column": v.transpose(2, 0, 1)}
-    found = []
-    for g in groups[request.per]:
-        gram = np.array([[np.sum(a * b) for b in g] for a in g])
-        found.append(
-            Measured(
-                tuple(tuple(map(float, row)) for row in gram),
-                tuple(float(np.abs(a).sum()) for a in g),
-                tuple(int(np.count_nonzero(a)) for a in g),
-            )
-        )
-    return found[0] if request.per == "tensor" else found
+    g = groups[request.per]  # groups, vectors, elements
+    n = range(len(v))
+    gram = tuple(tuple([float(np.sum(x[i] * x[j])) for x in g] for j in n) for i in n)
+    if request.per != "tensor":
+        return MeasuredGroups(gram)
+    return Measured(
+        tuple(tuple(column[0] for column in row) for row in gram),
+        tuple(float(np.abs(x).sum()) for x in g[0]),
+        tuple(int(np.count_nonzero(x)) for x in g[0]),
+    )
 
 
 def _measure_masked(request: MeasureMasked, inputs: Sequence[Array], tensor: Tensor, seed: int) -> MeasuredMasked:

@@ -5,9 +5,9 @@ Imported only where a plan has such tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from operator import itemgetter
-from typing import Any, Literal, overload
+from array import array
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 from fastinterp.backends import cpu
 from fastinterp.execute.jobs.densities import Density, densities
@@ -34,6 +34,7 @@ from fastinterp.ops.requests import (
     MaskedCombine,
     Measure,
     Measured,
+    MeasuredGroups,
     MeasureMasked,
     Request,
     Select,
@@ -44,7 +45,7 @@ from fastinterp.ops.select import step as histogram_step
 from fastinterp.ops.steps import MaskFill, MaskPlace
 from fastinterp.plan.method_run import MethodRun, inputs_of
 
-_AT_A_TIME = 1024  # groups that are converted to Python numbers at a time
+_T = TypeVar("_T")
 RequestSteps = Generator[TensorStep, Any, Any]  # steps, sent their answers one by one; returns the answer to a request
 MASK_BYTES = 64 << 20  # masks of one tensor that are held for its sum; where they are larger, the sum draws them again
 Masks = dict[tuple[int, Mask, int], MaskPlace]  # by input, mask and seed
@@ -204,10 +205,10 @@ def _survey(request: Request, io: TensorIO, n: int, name: str, seed: int, masks:
             inputs=operands, numel=io.numel, columns=io.columns, deltas=request.deltas, per=request.per
         )
         if request.per == "tensor":
-            return Groups(n, (yield io.reading(measure, inputs)))[0]
+            return _measured(n, (yield io.reading(measure, inputs)))
         groups = io.columns if request.per == "column" else io.numel // max(1, io.columns)
         held = 2 * 8 * groups * (n * (n + 1) // 2 + 2 * n)  # sums and counts, native and in Python; weights need less
-        return Groups(n, (yield io.reading(measure, inputs, held)))
+        return _measured_groups(n, (yield io.reading(measure, inputs, held)))
     if isinstance(request, MeasureMasked):
         step, filled = _masked_stats(request, io, inputs, name, seed, masks is not None)
         sums, counts = yield step
@@ -266,47 +267,26 @@ def _histogram(request: Select, counting: Coarse | Fine, io: TensorIO, n: int) -
     return TensorStep(io.name, native, nbytes, 16 * counting.bins)
 
 
-class Groups(Sequence[Measured]):
-    """The measurements of all groups of one tensor: a Measured per group, made on access, since rows may be many.
+def _measured(n: int, answer: tuple[Any, Any]) -> Measured:
+    """The measurements of a tensor. answer: as `_measured_groups` has it, of one group."""
+    sums = _flat(answer[0], "d").tolist()
+    return Measured(_square(n, sums), tuple(sums[-n:]), tuple(_flat(answer[1], "q").tolist()))
+
+
+def _measured_groups(n: int, answer: tuple[Any, Any]) -> MeasuredGroups:
+    """The measurements of all groups of a tensor.
 
     answer  f64[groups * (n * (n + 1) / 2 + n)] and i64[groups * n], as the pump returns them
     """
+    sums, pairs = _flat(answer[0], "d"), n * (n + 1) // 2
+    return MeasuredGroups(_square(n, [array("d", sums[k :: pairs + n].tobytes()) for k in range(pairs)]))
 
-    def __init__(self, n: int, answer: tuple[Any, Any]):
-        self._n, self._sums, self._nonzero = n, _flat(answer[0], "d"), _flat(answer[1], "q")
-        triangle = iter(range(n * (n + 1) // 2))
-        indices = [[0] * n for _ in range(n)]
-        for i in range(n):
-            for j in range(i, n):
-                indices[i][j] = indices[j][i] = next(triangle)
-        self._rows = [itemgetter(*row) if n > 1 else itemgetter(slice(1)) for row in indices]
 
-    def __len__(self) -> int:
-        return len(self._nonzero) // self._n
-
-    @overload
-    def __getitem__(self, at: int) -> Measured: ...
-    @overload
-    def __getitem__(self, at: slice) -> list[Measured]: ...
-    def __getitem__(self, at: int | slice) -> Measured | list[Measured]:
-        if isinstance(at, slice):
-            return [self[i] for i in range(*at.indices(len(self)))]
-        if not -len(self) <= at < len(self):
-            raise IndexError(at)
-        return next(self._from(at % len(self), 1))
-
-    def __iter__(self) -> Iterator[Measured]:
-        for first in range(0, len(self), _AT_A_TIME):
-            yield from self._from(first, _AT_A_TIME)
-
-    def _from(self, first: int, count: int) -> Iterator[Measured]:
-        """`count` groups from `first` on, or as many as there are."""
-        n, rows = self._n, self._rows
-        width = n * (n + 1) // 2 + n
-        sums = iter(self._sums[first * width : (first + count) * width].tolist())
-        nonzero = iter(self._nonzero[first * n : (first + count) * n].tolist())
-        for products, counts in zip(zip(*[sums] * width, strict=True), zip(*[nonzero] * n, strict=True), strict=True):
-            yield Measured(tuple([row(products) for row in rows]), products[-n:], counts)
+def _square(n: int, triangle: Sequence[_T]) -> tuple[tuple[_T, ...], ...]:
+    """A symmetric matrix of its upper triangle, row by row."""
+    pairs = iter(triangle)
+    upper = {(i, j): next(pairs) for i in range(n) for j in range(i, n)}
+    return tuple(tuple(upper[min(i, j), max(i, j)] for j in range(n)) for i in range(n))
 
 
 def _flat(values: Any, code: str) -> memoryview[Any]:
