@@ -29,15 +29,15 @@ FI_DEVICE Slab slab_of(const MeasureTask& m, int64_t part) {
     return {
         part / chunks * m.length + first, kLanes, (total + kLanes - 1) / kLanes, kLanes, total, m.sums + part * width};
   }
-  const int64_t spans = (m.length + kLanes - 1) / kLanes, row = part / spans * kBlockRows,
+  const int64_t spans = (m.columns + kLanes - 1) / kLanes, row = part / spans * kBlockRows,
                 column = part % spans * kLanes;
-  const int rows = least(m.numel / m.length - row, kBlockRows), lanes = least(m.length - column, kLanes);
-  return {row * m.length + column,
+  const int rows = least(m.numel / m.length - row, kBlockRows), lanes = least(m.columns - column, kLanes);
+  return {row * m.length + m.column + column,
           m.length,
           rows,
           lanes,
           rows * kLanes,
-          m.sums + (part / spans * m.length + column) * width};
+          m.sums + (part / spans * m.columns + column) * width};
 }
 
 // Lines that lie in shared memory at a time: so many that every thread has whole units of them.
@@ -288,7 +288,7 @@ void launch_any(const MeasureTask& task, uint32_t parts, cudaStream_t stream) {
 
 FoldTask measure_parts(const MeasureTask& task) {
   const int64_t width = measure_width(task.n), rows = task.numel / task.length;
-  if (task.by_column) return {1, (rows + kBlockRows - 1) / kBlockRows, width * task.length};
+  if (task.by_column) return {1, (rows + kBlockRows - 1) / kBlockRows, width * task.columns};
   return {rows, (task.length + kChunk - 1) / kChunk, width};
 }
 
@@ -296,7 +296,7 @@ void measure(const MeasureTask& given, cudaStream_t stream) {
   MeasureTask task = given;
   task.units = lies_in_units(task);
   const FoldTask parts = measure_parts(task);
-  const int64_t spans = task.by_column ? (task.length + kLanes - 1) / kLanes : 1;
+  const int64_t spans = task.by_column ? (task.columns + kLanes - 1) / kLanes : 1;
   const uint32_t blocks = uint32_t(parts.rows * parts.count * spans);
   bool same = task.n <= kGroup;
   for (int i = 1; i < task.n; ++i) same = same && task.inputs.in[i] == task.inputs.in[0];
