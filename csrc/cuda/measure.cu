@@ -229,9 +229,15 @@ FI_HD constexpr int shared_size() {
   return kStage > kFold ? kStage : kFold;
 }
 
+// Blocks of kVectors inputs in a multiprocessor. Vectors of F32 take more registers; four of F16 do where compute
+// capability 8.0 widens them.
+template <int kSame, int kVectors>
+constexpr int kResidentMeasures =
+    (kVectors > 2 ? 3 : 4) - int(kSame == int(DType::F32) || (kSame == int(DType::F16) && kVectors == kGroup));
+
 // kVectors inputs, all of one dtype, which float32 holds.
 template <int kSame, int kVectors>
-FI_KERNEL(kLanes, (kVectors > 2 ? 3 : 4) - int(kSame == int(DType::F32)))
+FI_KERNEL(kLanes, (kResidentMeasures<kSame, kVectors>))
 measure_kernel(FI_ARGUMENT MeasureTask m) {
   FI_SHARED double shared[shared_size<float, kVectors>()];
   const Slab slab = slab_of(m, block_index());
