@@ -15,9 +15,9 @@ constexpr int kUnroll = N == 1   ? 4
                         : N == 2 ? 2
                                  : 1;
 template <int N>
-constexpr int kResident = N == 2 || N == 3 ? 4
-                          : N <= 5         ? 3
-                                           : 2;
+constexpr int kResident = N == 3   ? 4
+                          : N <= 5 ? 3
+                                   : 2;
 
 template <DType D>
 constexpr int kElements = 16 / int(sizeof(typename Format<D>::Bits));  // of a vector
