@@ -33,7 +33,7 @@ std::unique_ptr<Scratch> scratch_of_columns(Queue* queue, MeasureTask* task) {
   }
 }
 
-// Columns are measured some at a time: every 64 rows have sums of their own, half as many bytes as there are inputs.
+// Columns are measured some at a time: every 64 rows have sums of their own, of up to half as many bytes as the inputs.
 std::shared_ptr<Pending> by_columns(Queue* queue, MeasureTask task) {
   const int64_t width = measure_width(task.n), bytes = width * int64_t(sizeof(double));  // of a column
   const Scratch totals(queue, task.length * bytes, "sums");

@@ -87,7 +87,6 @@ def test_pieces_fold_to_the_tensor(per, most):
     check("measure", per, [F32, F32], (3, 33_001), most=most)
 
 
-
 # --- memory of measures by column ------------------------------------------------------------------------------------
 
 

@@ -85,7 +85,7 @@ def test_the_bytes_of_pieces(cuda, row):
 
 @pytest.mark.parametrize(("count", "by_pieces"), [(1, 1), (40, 1), (600, 2)])
 def test_one_launch_whatever_their_number(cuda, count, by_pieces):
-    """Pieces are arguments of their launch, in one with little room or with much, or in two; a table is on the device."""
+    """Pieces are arguments of their launch, in one with little room or much, or in two; a table is on the device."""
     models, queue = Models([(33, BF16, 0)] * count), cuda.queue()
     before = cuda.runtime.calls("launch")
     want = models.sums(PreparedPieces(models.pieces), queue, ROWS[1])
