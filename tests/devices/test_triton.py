@@ -274,8 +274,8 @@ def pieces_of(n: int, numel: int = 98304, first: int = 1 << 20) -> dict[str, Pie
 @pytest.mark.slow
 @pytest.mark.parametrize("room", TARGETS, ids=lambda t: f"{t.backend}-{t.arch}", indirect=True)
 def test_launches_compile_as_they_are_made(room):
-    """What a launch passes is what a kernel takes, constants and all. Threads load and store 16 bytes of bf16 at a time,
-    8 in the kernel of a sum with masks that sees one chunk in many: of 16 its sums would fill the registers."""
+    """What a launch passes is what a kernel takes, constants and all. Threads load and store 16 bytes of bf16 at a
+    time, 8 in the kernel of a sum with masks that sees one chunk in many: of 16 its sums would fill the registers."""
     run(room, [*pieces_of(2).values()])
     assert {name for name, *_ in room.launched} == {kernel.fn.__name__ for kernel in LAUNCHED}
     target = triton.runtime.driver.active.get_current_target()
