@@ -1,14 +1,12 @@
-// Sums of one dtype, rounded to nearest, of aligned operands: 16 bytes at a time.
+// The kernels of combine_fast.h for pieces in the launch's arguments, of any number of rows. They count NaN and Inf.
 
+#include "combine_fast.h"
 #include "combine_jobs.h"
-#include "sums.h"
 
 namespace fi {
 namespace cuda {
 
 namespace {
-
-constexpr int kThreads = 256;
 
 // The pivot is x[0]. N weights, and which of the terms there are: a weight that is 0 in float32 is a term all the same.
 template <int N>
@@ -33,59 +31,9 @@ constexpr size_t fast_bytes(size_t rows) {
   return sizeof(FastPiece<N>) + (rows - 1) * sizeof(FastRow<N>);
 }
 
-// Vectors of each input that a thread loads before it needs the first, and blocks in a multiprocessor: with both, 48
-// KiB and more are under way in it.
-template <int N>
-constexpr int kUnroll = N == 1   ? 4
-                        : N == 2 ? 2
-                                 : 1;
-template <int N>
-constexpr int kResident = N == 2 || N == 3 ? 4
-                          : N <= 5         ? 3
-                                           : 2;
 constexpr int kPasses = 4;  // of a tile
 template <int N>
-constexpr int kTileVectors = kThreads * kUnroll<N> * kPasses;
-
-template <DType D>
-constexpr int kElements = 16 / int(sizeof(typename Format<D>::Bits));  // of a vector
-
-template <DType D>
-FI_DEVICE typename Format<D>::Bits element_of(const Vector16& v, int e) {
-  if constexpr (sizeof(typename Format<D>::Bits) == 4)
-    return v.w[e];
-  else
-    return uint16_t(v.w[e / 2] >> (16 * (e % 2)));
-}
-
-// One row of one vector. `nonfinite` becomes true where a NaN or an infinity is stored.
-template <DType D, int N>
-FI_DEVICE Vector16 fast_sum(const FastRow<N>& row, const Vector16 (&x)[N], bool* nonfinite) {
-  constexpr int kE = kElements<D>;
-  float p[kE], acc[kE];
-#pragma unroll
-  for (int e = 0; e < kE; ++e) {
-    p[e] = widen_fast<float, D>(element_of<D>(x[0], e));
-    acc[e] = 0;
-  }
-#pragma unroll
-  for (int i = 1; i < N; ++i)
-    if (row.terms >> i & 1)
-#pragma unroll
-      for (int e = 0; e < kE; ++e)
-        acc[e] = add_term(row.w[i], widen_fast<float, D>(element_of<D>(x[i], e)), p[e], acc[e]);
-  Vector16 y{};
-#pragma unroll
-  for (int e = 0; e < kE; ++e) {
-    const uint32_t code = narrow_fast<D>(add_pivot(row.total, p[e], acc[e]));
-    *nonfinite = *nonfinite || (code & Format<D>::kInf) == Format<D>::kInf;
-    if constexpr (kE == 4)
-      y.w[e] = code;
-    else
-      y.w[e / 2] |= code << (16 * (e % 2));
-  }
-  return y;
-}
+constexpr int kTileVectors = kFastThreads * kUnroll<N> * kPasses;
 
 // Counts the NaN and Inf of some elements: rare, so it reads them again.
 template <DType D, int N>
@@ -117,7 +65,7 @@ FI_RARE void fast_tail(const FastPiece<N>& piece, int64_t at) {
 }
 
 template <DType D, int N, int kBytes>
-FI_KERNEL(kThreads, kResident<N>)
+FI_KERNEL(kFastThreads, kResident<N>)
 fast(FI_ARGUMENT TableOf<kBytes> table) {
   constexpr int kU = kUnroll<N>, kE = kElements<D>;
   uint32_t tile;
@@ -125,20 +73,20 @@ fast(FI_ARGUMENT TableOf<kBytes> table) {
   const int64_t vectors = piece.numel / kE;
 #pragma unroll 1
   for (int pass = 0; pass < kPasses; ++pass) {
-    const int64_t at = (int64_t(tile) * kPasses + pass) * (kThreads * kU) + thread_index();
+    const int64_t at = (int64_t(tile) * kPasses + pass) * (kFastThreads * kU) + thread_index();
     Vector16 x[kU][N];
 #pragma unroll
     for (int u = 0; u < kU; ++u)
-      if (at + u * kThreads < vectors)
+      if (at + u * kFastThreads < vectors)
 #pragma unroll
         for (int i = 0; i < N; ++i)
-          x[u][i] = load_once(static_cast<const char*>(piece.x[i]) + 16 * (at + u * kThreads));
+          x[u][i] = load_once(static_cast<const char*>(piece.x[i]) + 16 * (at + u * kFastThreads));
 #pragma unroll 1
     for (uint32_t k = 0; k < piece.n_rows; ++k) {
       const FastRow<N>& row = piece.rows[k];
 #pragma unroll
       for (int u = 0; u < kU; ++u) {
-        const int64_t v = at + u * kThreads;
+        const int64_t v = at + u * kFastThreads;
         if (v >= vectors) break;
 #pragma unroll
         for (int i = 0; i < N; ++i) compute_again(&x[u][i]);
@@ -183,7 +131,7 @@ void launch(Queue* queue, std::vector<Job> jobs) {
   launch_jobs(std::move(jobs), add_fast<D, N>, [queue](const TableWriter& writer) {
     launch_table(writer, [&](const auto& table) {
       constexpr int kBytes = std::decay_t<decltype(table)>::kSize;
-      FI_LAUNCH((fast<D, N, kBytes>), writer.tiles(), kThreads, queue->stream(), table);
+      FI_LAUNCH((fast<D, N, kBytes>), writer.tiles(), kFastThreads, queue->stream(), table);
     });
     check_launch("combine", queue->device());
   });

@@ -53,9 +53,7 @@ FI_DEVICE uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
 // kSame: the dtype of all inputs and of the output, which is rounded to nearest; or kAnyDType.
 template <int kSame, Mode kMode>
-FI_KERNEL(kThreads, kMode == kImportant                                     ? 1
-                    : kSame == int(DType::BF16) || kSame == int(DType::F16) ? 3
-                                                                            : 2)
+FI_KERNEL(kThreads, kMode == kImportant ? 1 : 2)
 masked_unit_kernel(FI_ARGUMENT MaskedTask<float> m) {
   FI_SHARED uint64_t drawn_bytes[kFew * kThreads / 8];
   FI_SHARED uint32_t words[kSame == kAnyDType ? kSpan : 1];

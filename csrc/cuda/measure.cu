@@ -29,15 +29,15 @@ FI_DEVICE Slab slab_of(const MeasureTask& m, int64_t part) {
     return {
         part / chunks * m.length + first, kLanes, (total + kLanes - 1) / kLanes, kLanes, total, m.sums + part * width};
   }
-  const int64_t spans = (m.length + kLanes - 1) / kLanes, row = part / spans * kBlockRows,
+  const int64_t spans = (m.columns + kLanes - 1) / kLanes, row = part / spans * kBlockRows,
                 column = part % spans * kLanes;
-  const int rows = least(m.numel / m.length - row, kBlockRows), lanes = least(m.length - column, kLanes);
-  return {row * m.length + column,
+  const int rows = least(m.numel / m.length - row, kBlockRows), lanes = least(m.columns - column, kLanes);
+  return {row * m.length + m.column + column,
           m.length,
           rows,
           lanes,
           rows * kLanes,
-          m.sums + (part / spans * m.length + column) * width};
+          m.sums + (part / spans * m.columns + column) * width};
 }
 
 // Lines that lie in shared memory at a time: so many that every thread has whole units of them.
@@ -229,9 +229,15 @@ FI_HD constexpr int shared_size() {
   return kStage > kFold ? kStage : kFold;
 }
 
+// Blocks of kVectors inputs in a multiprocessor. Vectors of F32 take more registers; four of F16 do where compute
+// capability 8.0 widens them.
+template <int kSame, int kVectors>
+constexpr int kResidentMeasures =
+    (kVectors > 2 ? 3 : 4) - int(kSame == int(DType::F32) || (kSame == int(DType::F16) && kVectors == kGroup));
+
 // kVectors inputs, all of one dtype, which float32 holds.
 template <int kSame, int kVectors>
-FI_KERNEL(kLanes, (kVectors > 2 ? 3 : 4) - int(kSame == int(DType::F32)))
+FI_KERNEL(kLanes, (kResidentMeasures<kSame, kVectors>))
 measure_kernel(FI_ARGUMENT MeasureTask m) {
   FI_SHARED double shared[shared_size<float, kVectors>()];
   const Slab slab = slab_of(m, block_index());
@@ -288,7 +294,7 @@ void launch_any(const MeasureTask& task, uint32_t parts, cudaStream_t stream) {
 
 FoldTask measure_parts(const MeasureTask& task) {
   const int64_t width = measure_width(task.n), rows = task.numel / task.length;
-  if (task.by_column) return {1, (rows + kBlockRows - 1) / kBlockRows, width * task.length};
+  if (task.by_column) return {1, (rows + kBlockRows - 1) / kBlockRows, width * task.columns};
   return {rows, (task.length + kChunk - 1) / kChunk, width};
 }
 
@@ -296,7 +302,7 @@ void measure(const MeasureTask& given, cudaStream_t stream) {
   MeasureTask task = given;
   task.units = lies_in_units(task);
   const FoldTask parts = measure_parts(task);
-  const int64_t spans = task.by_column ? (task.length + kLanes - 1) / kLanes : 1;
+  const int64_t spans = task.by_column ? (task.columns + kLanes - 1) / kLanes : 1;
   const uint32_t blocks = uint32_t(parts.rows * parts.count * spans);
   bool same = task.n <= kGroup;
   for (int i = 1; i < task.n; ++i) same = same && task.inputs.in[i] == task.inputs.in[0];

@@ -16,9 +16,10 @@ struct MeasureTask {
   bool wide;       // compute in float64
   bool by_column;  // else by row
   int64_t numel;
-  int64_t length;  // of a row; all elements if the tensor is measured as one
-  double* sums;    // measure_width(n) of each part, the parts of a row, or blocks of rows, one after the other
-  bool units;      // set by `measure`: units lie where they can be loaded whole
+  int64_t length;           // of a row; all elements if the tensor is measured as one
+  double* sums;             // measure_width(n) of each part, the parts of a row, or blocks of rows, one after the other
+  int64_t column, columns;  // by_column: the first that is measured, a multiple of kLanes, and how many are
+  bool units;               // set by `measure`: units lie where they can be loaded whole
 };
 
 // Numbers of a vector of sums: measure_sums(n), then the counts of elements that are not 0.

@@ -87,7 +87,7 @@ class CudaDevice:
         return queue
 
     def prepare(self, pieces: Sequence[Piece]) -> PreparedSums:
-        prepared: PreparedSums = _native().PreparedSums(pieces)
+        prepared: PreparedSums = self._native.prepare(pieces)
         return prepared
 
     def refuses(self, step: Step) -> str | None:

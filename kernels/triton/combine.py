@@ -40,9 +40,11 @@ COPY = tl.constexpr(4)  # the pivot, bit for bit
 
 
 @triton.jit
-def _numbers_at(row, numbers, j, e0, lanes, N: tl.constexpr, PER: tl.constexpr):
-    """The addresses of the total and of the first weight of each element's group; of one element if PLAIN."""
-    first = numbers + tl.load(row + NUMBERS)
+def _numbers_at(row, first, j, e0, lanes, N: tl.constexpr, PER: tl.constexpr):
+    """The addresses of the total and of the first weight of each element's group; of one element if PLAIN.
+
+    first  the address of the row's first number
+    """
     if PER == PLAIN:
         total = first + j * N
         weights = total + 1
@@ -58,7 +60,7 @@ def _numbers_at(row, numbers, j, e0, lanes, N: tl.constexpr, PER: tl.constexpr):
 @triton.jit
 def _sum(
     row,
-    numbers,
+    first,
     j,
     xs,
     e0,
@@ -72,7 +74,8 @@ def _sum(
 ):
     """Pivot, sum of the terms and result of output j at elements `offs` of the piece, e0 + lanes of the tensor.
 
-    xs  all inputs, widened; or the pivot alone, if the others are read here
+    first  the address of the row's first number
+    xs     all inputs, widened; or the pivot alone, if the others are read here
     """
     p = xs[0]
     acc = tl.zeros_like(p)
@@ -80,7 +83,7 @@ def _sum(
     if PER == CONVERT:
         y = p
     else:
-        total_at, weights_at = _numbers_at(row, numbers, j, e0, lanes, N, PER)
+        total_at, weights_at = _numbers_at(row, first, j, e0, lanes, N, PER)
         for i in tl.static_range(1, N):
             if len(xs) == N:
                 x = xs[i]
@@ -119,10 +122,9 @@ def combine_kernel(
     MARK_NONFINITE: tl.constexpr,  # whether to set flags
     ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,  # elements of a tile
-    STEPS: tl.constexpr,
 ):
     program = tl.program_id(0)
-    row = row_of(table, pieces, program, HEADER + N, STEPS)
+    row = row_of(table, pieces, program, HEADER + N)
     start = (program - tl.load(row)) * BLOCK
     count = tl.load(row + COUNT)
     if ALIGN == 16:
@@ -138,17 +140,20 @@ def combine_kernel(
             xs = xs + (widen(load_codes(tl.load(row + HEADER + i), offs, mask, DT[i], ALIGN), DT[i], WIDE),)
     outputs = tl.load(row + ROWS)
     outs = table + tl.load(row + OUTS)
+    first = numbers + tl.load(row + NUMBERS)
+    if MARK_NONFINITE:
+        flags += tl.load(row + FLAGS)
     for j in range(outputs):
         if PER == COPY:
             codes = pivot
         else:
-            _, _, y = _sum(row, numbers, j, xs, e0, lanes, offs, mask, N, DT, PER, ALIGN)
+            _, _, y = _sum(row, first, j, xs, e0, lanes, offs, mask, N, DT, PER, ALIGN)
             word = random_words(e0 + lanes, tl.load(outs + outputs + j)) if STOCHASTIC else 0
             codes = narrow(y, word, OUT, STOCHASTIC, SATURATE)
         store_codes(tl.load(outs + j), offs, codes, mask, OUT, ALIGN)
         if MARK_NONFINITE:
             bad = tl.max((is_nonfinite(codes, OUT) & mask).to(tl.int32), axis=0)
-            tl.store(flags + tl.load(row + FLAGS) + j, 1, mask=bad > 0)
+            tl.store(flags + j, 1, mask=bad > 0)
 
 
 @triton.jit
@@ -176,7 +181,8 @@ def effect_kernel(
     if ALIGN == 16:
         begin = tl.multiple_of(begin, 16)
         end = tl.multiple_of(end, 16)
-    first = tl.load(row + FIRST)
+    e0 = tl.load(row + FIRST)
+    first = numbers + tl.load(row + NUMBERS)
     lanes = tl.arange(0, BLOCK)
     outs = table + tl.load(row + OUTS)
     outputs = tl.load(row + ROWS)
@@ -192,7 +198,7 @@ def effect_kernel(
                     codes = load_codes(out, offs, mask, OUT, ALIGN)
                     counts = add_counts(counts, codes, mask, OUT, True)
                     for i in tl.static_range(N):
-                        part = _takes_part(row, numbers, j, i, first + start, lanes, mask, WIDE, N, PER)
+                        part = _takes_part(row, first, j, i, e0 + start, lanes, mask, WIDE, N, PER)
                         codes = load_codes(tl.load(row + HEADER + i), offs, part, DT[i], ALIGN)
                         counts = add_counts(counts, codes, part, DT[i], False)
                 store_counts(to, counts)
@@ -203,7 +209,7 @@ def effect_kernel(
                 offs = start + lanes
                 mask = offs < end
                 xs = (widen(load_codes(tl.load(row + HEADER), offs, mask, DT[0], ALIGN), DT[0], WIDE),)
-                p, acc, y = _sum(row, numbers, j, xs, first + start, lanes, offs, mask, N, DT, PER, ALIGN)
+                p, acc, y = _sum(row, first, j, xs, e0 + start, lanes, offs, mask, N, DT, PER, ALIGN)
                 codes = load_codes(out, offs, mask, OUT, ALIGN)
                 sums = add_effect(sums, p, tl.where(affine, acc, y - p), codes, mask, OUT, SATURATE)
             store_effect(to, sums)
@@ -211,12 +217,12 @@ def effect_kernel(
 
 @triton.jit
 def _takes_part(
-    row, numbers, j, i: tl.constexpr, e0, lanes, mask, WIDE: tl.constexpr, N: tl.constexpr, PER: tl.constexpr
+    row, first, j, i: tl.constexpr, e0, lanes, mask, WIDE: tl.constexpr, N: tl.constexpr, PER: tl.constexpr
 ):
     """Where input i has a weight that is not 0 in the compute type."""
     part = mask
     if PER != PLAIN and PER != CONVERT and i > 0:
-        _, weights_at = _numbers_at(row, numbers, j, e0, lanes, N, PER)
+        _, weights_at = _numbers_at(row, first, j, e0, lanes, N, PER)
         w = tl.load(weights_at + (i - 1), mask=mask, other=0)
         part = mask & ((w if WIDE else w.to(tl.float32)) != 0)
     return part

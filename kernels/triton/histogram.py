@@ -45,10 +45,9 @@ def histogram_kernel(
     SCORE: tl.constexpr,
     ALIGN: tl.constexpr,
     STRIPS: tl.constexpr,  # of a program
-    STEPS: tl.constexpr,
 ):
     program = tl.program_id(0)
-    row = row_of(table, pieces, program, HEADER + N, STEPS)
+    row = row_of(table, pieces, program, HEADER + N)
     words = table + tl.load(row + EXTRA)
     every = tl.load(words)
     count = tl.load(row + COUNT)

@@ -5,26 +5,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from fastinterp._triton.masked_sum import is_kept
-from fastinterp._triton.measure import CHUNK, LANES
-from fastinterp._triton.numbers import fold, load_codes, widen
+from fastinterp._triton.measure import CHUNK, LANES, addresses_of, codes_of, no_sums
+from fastinterp._triton.numbers import fold, widen
 from fastinterp._triton.scores import NO_SCORE, magnitude, score_of
 from fastinterp._triton.table import COUNT, EXTRA, FIRST, GROUPS, HEADER, NUMBERS, row_of
 
 
 @triton.jit
-def _zeros(COUNT: tl.constexpr, TILES: tl.constexpr, kind: tl.constexpr):
-    none = ()
-    for _ in tl.static_range(COUNT):
-        none = none + (tl.zeros([TILES, LANES], kind),)
-    return none
-
-
-@triton.jit
-def _deltas(inputs, offs, mask, DT: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr):
-    x0 = widen(load_codes(inputs[0], offs, mask, DT[0], ALIGN), DT[0], WIDE)
+def _deltas(codes, step: tl.constexpr, DT: tl.constexpr, WIDE: tl.constexpr):
+    x0 = widen(codes[step * len(DT)], DT[0], WIDE)
     deltas = ()
     for i in tl.static_range(1, len(DT)):
-        deltas = deltas + (widen(load_codes(inputs[i], offs, mask, DT[i], ALIGN), DT[i], WIDE) - x0,)
+        deltas = deltas + (widen(codes[step * len(DT) + i], DT[i], WIDE) - x0,)
     return deltas
 
 
@@ -40,6 +32,25 @@ def _masks(row, extra, numbers, deltas, e0, offs, mask, RANDOM: tl.constexpr, SC
     for i in tl.static_range(len(deltas)):
         masks = masks + (high & is_kept(deltas[i], extra + 1 + 4 * i, e0 + offs, RANDOM[i]),)
     return masks
+
+
+@triton.jit
+def _add(sums, counts, deltas, masks, DELTAS: tl.constexpr, L1: tl.constexpr, SQUARES: tl.constexpr):
+    masks_set = tl.zeros(masks[0].shape, tl.int32)
+    for i in tl.static_range(len(masks)):
+        masks_set += masks[i].to(tl.int32)
+    all_sums = ()
+    all_counts = ()
+    for k in tl.static_range(len(DELTAS)):
+        d = deltas[DELTAS[k]].to(tl.float64)
+        left = tl.where(masks[DELTAS[k]], d, 0.0)
+        l1 = sums[3 * k] + tl.abs(d) if L1 else sums[3 * k]
+        kept_l1 = sums[3 * k + 1] + tl.abs(left) if L1 else sums[3 * k + 1]
+        squares = tl.fma(left, left, sums[3 * k + 2]) if SQUARES else sums[3 * k + 2]
+        all_sums = all_sums + (l1, kept_l1, squares)
+        one = masks[DELTAS[k]].to(tl.int32)
+        all_counts = all_counts + (counts[2 * k] + one, counts[2 * k + 1] + tl.where(masks_set > 1, one, 0))
+    return all_sums, all_counts
 
 
 @triton.jit(do_not_specialize=["pieces"])
@@ -58,14 +69,12 @@ def masked_stats_kernel(
     L1: tl.constexpr,
     SQUARES: tl.constexpr,
     ALIGN: tl.constexpr,
+    AHEAD: tl.constexpr,  # as in measure.py
     TILES: tl.constexpr,  # chunks of a program
-    STEPS: tl.constexpr,
 ):
     program = tl.program_id(0)
-    row = row_of(table, pieces, program, HEADER + N, STEPS)
-    inputs = ()
-    for i in tl.static_range(N):
-        inputs = inputs + (tl.load(row + HEADER + i),)
+    row = row_of(table, pieces, program, HEADER + N)
+    inputs = addresses_of(row, N)
     count = tl.load(row + COUNT)
     if ALIGN == 16:
         count = tl.multiple_of(count, 16)
@@ -74,35 +83,25 @@ def masked_stats_kernel(
     chunk = (program - tl.load(row)) * TILES + tl.arange(0, TILES)
     begin = tl.multiple_of(chunk.to(tl.int64) * CHUNK, 16)
     elements = begin[:, None] + tl.arange(0, LANES)[None, :]
-    sums = _zeros(3 * len(DELTAS), TILES, tl.float64)
-    counts = _zeros(2 * len(DELTAS), TILES, tl.int32)
-    for start in range(0, tl.minimum(count, CHUNK), LANES):
-        offs = elements + start
-        mask = offs < count
-        deltas = _deltas(inputs, offs, mask, DT, WIDE, ALIGN)
-        masks = _masks(row, extra, numbers, deltas, first, offs, mask, RANDOM, SCORE)
-        masks_set = tl.zeros([TILES, LANES], tl.int32)
-        for i in tl.static_range(N - 1):
-            masks_set += masks[i].to(tl.int32)
-        all_sums = ()
-        all_counts = ()
-        for k in tl.static_range(len(DELTAS)):
-            d = deltas[DELTAS[k]].to(tl.float64)
-            left = tl.where(masks[DELTAS[k]], d, 0.0)
-            l1 = sums[3 * k] + tl.abs(d) if L1 else sums[3 * k]
-            kept_l1 = sums[3 * k + 1] + tl.abs(left) if L1 else sums[3 * k + 1]
-            squares = tl.fma(left, left, sums[3 * k + 2]) if SQUARES else sums[3 * k + 2]
-            all_sums = all_sums + (l1, kept_l1, squares)
-            one = masks[DELTAS[k]].to(tl.int32)
-            all_counts = all_counts + (counts[2 * k] + one, counts[2 * k + 1] + tl.where(masks_set > 1, one, 0))
-        sums = all_sums
-        counts = all_counts
+    here = begin[:, None] < count
+    sums = no_sums(3 * len(DELTAS), TILES, tl.float64)
+    counts = no_sums(2 * len(DELTAS), TILES, tl.int32)
+    codes = codes_of(inputs, elements, LANES, count, here, DT, AHEAD, ALIGN)
+    for start in range(0, tl.minimum(count, CHUNK), LANES * AHEAD):
+        # Loaded while the current ones are added, as far as the chunk goes.
+        inside = here & (start + LANES * AHEAD < CHUNK)
+        more = codes_of(inputs, elements + start + LANES * AHEAD, LANES, count, inside, DT, AHEAD, ALIGN)
+        for step in tl.static_range(AHEAD):
+            offs = elements + start + step * LANES
+            deltas = _deltas(codes, step, DT, WIDE)
+            masks = _masks(row, extra, numbers, deltas, first, offs, offs < count, RANDOM, SCORE)
+            sums, counts = _add(sums, counts, deltas, masks, DELTAS, L1, SQUARES)
+        codes = more
     answer = tl.load(row + GROUPS) + chunk
-    here = begin < count
     for k in tl.static_range(len(DELTAS)):
         for part in tl.static_range(3):
             at = sums_out + answer * 3 * N + part * N + DELTAS[k] + 1
-            tl.store(at, fold(sums[3 * k + part], TILES, LANES, 8), mask=here)
+            tl.store(at, fold(sums[3 * k + part], TILES, LANES, 8), mask=begin < count)
         for part in tl.static_range(2):
             at = counts_out + answer * 2 * N + part * N + DELTAS[k] + 1
-            tl.store(at, fold(counts[2 * k + part], TILES, LANES, 8), mask=here)
+            tl.store(at, fold(counts[2 * k + part], TILES, LANES, 8), mask=begin < count)

@@ -173,10 +173,9 @@ def masked_sum_kernel(
     MARK_NONFINITE: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
-    STEPS: tl.constexpr,
 ):
     program = tl.program_id(0)
-    row = row_of(table, pieces, program, HEADER + N, STEPS)
+    row = row_of(table, pieces, program, HEADER + N)
     start = (program - tl.load(row)) * BLOCK
     count = tl.load(row + COUNT)
     if ALIGN == 16:

@@ -19,7 +19,8 @@ BLOCK_ROWS = tl.constexpr(contract.BLOCK_ROWS)
 
 
 @triton.jit
-def _no_sums(COUNT: tl.constexpr, TILES: tl.constexpr, kind: tl.constexpr):
+def no_sums(COUNT: tl.constexpr, TILES: tl.constexpr, kind: tl.constexpr):
+    """COUNT zeros for every lane of TILES chunks."""
     none = ()
     for _ in tl.static_range(COUNT):
         none = none + (tl.zeros([TILES, LANES], kind),)
@@ -27,7 +28,8 @@ def _no_sums(COUNT: tl.constexpr, TILES: tl.constexpr, kind: tl.constexpr):
 
 
 @triton.jit
-def _addresses(row, N: tl.constexpr):
+def addresses_of(row, N: tl.constexpr):
+    """The addresses of a row's inputs."""
     addresses = ()
     for i in tl.static_range(N):
         addresses = addresses + (tl.load(row + HEADER + i),)
@@ -35,7 +37,7 @@ def _addresses(row, N: tl.constexpr):
 
 
 @triton.jit
-def _codes(inputs, offs, apart, end, mask, DT: tl.constexpr, AHEAD: tl.constexpr, ALIGN: tl.constexpr):
+def codes_of(inputs, offs, apart, end, mask, DT: tl.constexpr, AHEAD: tl.constexpr, ALIGN: tl.constexpr):
     """The codes of all inputs at AHEAD steps of `apart` elements up to `end`, step by step."""
     codes = ()
     for step in tl.static_range(AHEAD):
@@ -89,12 +91,11 @@ def measure_kernel(
     ALIGN: tl.constexpr,
     AHEAD: tl.constexpr,  # steps whose elements are loaded while as many are added: a divisor of 64
     TILES: tl.constexpr,  # chunks of a program, that it sums at the same time
-    STEPS: tl.constexpr,
 ):
     """Chunks of rows: answers are [rows, chunks]."""
     program = tl.program_id(0)
-    row = row_of(table, pieces, program, HEADER + len(DT), STEPS)
-    inputs = _addresses(row, len(DT))
+    row = row_of(table, pieces, program, HEADER + len(DT))
+    inputs = addresses_of(row, len(DT))
     columns = tl.load(row + COLUMNS)
     rows = tl.load(row + COUNT) // columns
     if ALIGN == 16:
@@ -109,13 +110,13 @@ def measure_kernel(
         begin = tl.multiple_of(begin, 16)
         end = tl.multiple_of(end, 16)
     lanes = begin[:, None] + tl.arange(0, LANES)[None, :]
-    sums = _no_sums(len(PAIRS) + len(NORMS), TILES, tl.float64)
-    counts = _no_sums(len(NORMS), TILES, tl.int32)
-    codes = _codes(inputs, lanes, LANES, end[:, None], here[:, None], DT, AHEAD, ALIGN)
+    sums = no_sums(len(PAIRS) + len(NORMS), TILES, tl.float64)
+    counts = no_sums(len(NORMS), TILES, tl.int32)
+    codes = codes_of(inputs, lanes, LANES, end[:, None], here[:, None], DT, AHEAD, ALIGN)
     for start in range(0, tl.minimum(columns, CHUNK), LANES * AHEAD):
         # Loaded while the current ones are added, to keep many bytes in flight.
         offs = lanes + start + LANES * AHEAD
-        more = _codes(inputs, offs, LANES, end[:, None], here[:, None], DT, AHEAD, ALIGN)
+        more = codes_of(inputs, offs, LANES, end[:, None], here[:, None], DT, AHEAD, ALIGN)
         for step in tl.static_range(AHEAD):
             sums, counts = _add(sums, counts, _vectors(codes, step, DT, WIDE, DELTAS), PAIRS, NORMS)
         codes = more
@@ -130,8 +131,8 @@ def measure_kernel(
 @triton.jit(do_not_specialize=["pieces"])
 def measure_columns_kernel(
     table,
-    sums_out,  # f64[answers, WIDTH, columns], at NUMBERS * WIDTH * columns for a piece
-    counts_out,  # i32[answers, COUNTS, columns]
+    sums_out,  # f64[answers, WIDTH, columns], of a piece at NUMBERS * WIDTH; NUMBERS is a multiple of 16
+    counts_out,  # i32[answers, COUNTS, columns], of a piece at NUMBERS * COUNTS
     pieces,
     DT: tl.constexpr,
     WIDE: tl.constexpr,
@@ -144,33 +145,32 @@ def measure_columns_kernel(
     ALIGN: tl.constexpr,
     AHEAD: tl.constexpr,
     TILES: tl.constexpr,  # of a program: blocks of rows and LANES columns
-    STEPS: tl.constexpr,
 ):
     """Blocks of rows: answers are [blocks]. As measure_kernel, but with sums for each column."""
     program = tl.program_id(0)
-    row = row_of(table, pieces, program, HEADER + len(DT), STEPS)
+    row = row_of(table, pieces, program, HEADER + len(DT))
     columns = tl.load(row + COLUMNS)
     rows = tl.load(row + COUNT) // columns
     if ALIGN == 16:
         columns = tl.multiple_of(columns, 16)
-    inputs = _addresses(row, len(DT))
+    inputs = addresses_of(row, len(DT))
     groups = (columns + LANES - 1) // LANES
     tile = (program - tl.load(row)) * TILES + tl.arange(0, TILES)
     block = (tile // groups)[:, None]
     column = ((tile % groups) * LANES)[:, None] + tl.arange(0, LANES)[None, :]
     mask = (column < columns) & (block * BLOCK_ROWS < rows)
-    sums = _no_sums(len(PAIRS) + len(NORMS), TILES, tl.float64)
-    counts = _no_sums(len(NORMS), TILES, tl.int32)
+    sums = no_sums(len(PAIRS) + len(NORMS), TILES, tl.float64)
+    counts = no_sums(len(NORMS), TILES, tl.int32)
     offs = block * BLOCK_ROWS * columns + column
     end = tl.minimum(block * BLOCK_ROWS + BLOCK_ROWS, rows) * columns
-    codes = _codes(inputs, offs, columns, end, mask, DT, AHEAD, ALIGN)
+    codes = codes_of(inputs, offs, columns, end, mask, DT, AHEAD, ALIGN)
     for _ in range(0, tl.minimum(rows, BLOCK_ROWS), AHEAD):
         offs += columns * AHEAD
-        more = _codes(inputs, offs, columns, end, mask, DT, AHEAD, ALIGN)
+        more = codes_of(inputs, offs, columns, end, mask, DT, AHEAD, ALIGN)
         for step in tl.static_range(AHEAD):
             sums, counts = _add(sums, counts, _vectors(codes, step, DT, WIDE, DELTAS), PAIRS, NORMS)
         codes = more
-    first = tl.load(row + NUMBERS)
+    first = tl.multiple_of(tl.load(row + NUMBERS), 16)
     for k in tl.static_range(len(PAIRS) + len(NORMS)):
         tl.store(sums_out + first * WIDTH + (block * WIDTH + SUMS[k]) * columns + column, sums[k], mask=mask)
     for k in tl.static_range(len(NORMS)):

@@ -264,9 +264,9 @@ def _philox(c0, c1, c2, key):
 
 
 @triton.jit
-def _word_of(e, group: tl.constexpr, key, space: tl.constexpr):
+def _word_of(e, group: tl.constexpr, key, space):
     c = (e // group) * 16 + e % 16
-    c2 = tl.full(e.shape, space, tl.uint32)
+    c2 = tl.zeros(e.shape, tl.uint32) + space
     w0, w1, w2, w3 = _philox(c.to(tl.uint32), (c >> 32).to(tl.uint32), c2, key)
     which = (e // 16) % 4
     return tl.where(which < 2, tl.where(which == 0, w0, w1), tl.where(which == 2, w2, w3))
@@ -282,15 +282,19 @@ def random_words(e, key):
 def is_drawn(e, limit, key):
     """Whether the random number of an element is below the limit of its mask (i64, below 2**32)."""
     late = e % 128 >= 64
-    word = _word_of(e, 128, key, 0)
-    high = tl.where(late, word >> 16, word & 0xFFFF).to(tl.int64)
-    drawn = high < (limit >> 16)
-    ties = high == (limit >> 16)
-    # The number's low half is computed only where the high one equals that of the limit.
-    if tl.max(tl.ravel(ties.to(tl.int32)), axis=0) > 0:
-        word = _word_of(e, 128, key, 1)
-        low = tl.where(late, word >> 16, word & 0xFFFF).to(tl.int64)
-        drawn = drawn | (ties & (low < (limit & 0xFFFF)))
+    drawn = late & False
+    ties = late | True
+    space = limit.to(tl.int32) * 0
+    tied = space + 1
+    # The number's low half is computed only where the high one equals that of the limit: by the same code.
+    while tied > 0:
+        word = _word_of(e, 128, key, space)
+        half = tl.where(late, word >> 16, word & 0xFFFF).to(tl.int64)
+        part = tl.where(space == 0, limit >> 16, limit & 0xFFFF)
+        drawn = drawn | (ties & (half < part))
+        ties = ties & (half == part)
+        tied = tl.where(space == 0, tl.max(tl.ravel(ties.to(tl.int32)), axis=0), 0)
+        space += 1
     return drawn
 
 

@@ -35,11 +35,11 @@ HEADER = tl.constexpr(11)
 
 
 @triton.jit
-def row_of(table, rows, tile, WIDTH: tl.constexpr, STEPS: tl.constexpr):
-    """The address of the row that a tile belongs to, by halving `rows` in STEPS."""
-    low = 0
+def row_of(table, rows, tile, WIDTH: tl.constexpr):
+    """The address of the row that a tile belongs to, by halving `rows`: of one row, nothing is loaded."""
+    low = rows * 0
     high = rows
-    for _ in tl.static_range(STEPS):
+    while high - low > 1:
         middle = (low + high) // 2
         here = tl.load(table + middle * WIDTH) <= tile
         low = tl.where(here, middle, low)

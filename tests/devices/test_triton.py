@@ -32,7 +32,6 @@ from fastinterp._triton.masked_sum import masked_sum_effect_kernel, masked_sum_k
 from fastinterp._triton.measure import measure_columns_kernel, measure_kernel  # noqa: E402
 from fastinterp.backends.device import Piece  # noqa: E402
 from fastinterp.backends.triton.launch import LaunchContext  # noqa: E402
-from fastinterp.backends.triton.measure import launches  # noqa: E402
 from fastinterp.backends.triton.pieces import run  # noqa: E402
 from fastinterp.ops import steps  # noqa: E402
 from fastinterp.ops.combine import Row  # noqa: E402
@@ -42,6 +41,7 @@ ROOT = Path(__file__).resolve().parents[2]
 KERNELS = sorted((ROOT / "fastinterp" / "_triton").glob("*.py"))
 SM80, SM90, SM100 = (GPUTarget("cuda", arch, 32) for arch in (80, 90, 100))
 GFX942 = GPUTarget("hip", "gfx942", 64)
+TARGETS = (SM80, SM90, SM100, GFX942)
 BF16, F16, F32, F64, E4M3 = 3, 2, 1, 0, 4
 
 
@@ -75,24 +75,14 @@ def compiled(kernel: Any, target: Any, arguments: str, constants: dict[str, Any]
 def weighted(codes: tuple[int, ...], out: int, **others: Any) -> dict[str, Any]:
     plain = {
         "N": len(codes), "DT": codes, "OUT": out, "WIDE": F64 in codes, "PER": 0, "STOCHASTIC": False, "SATURATE": True,
-        "MARK_NONFINITE": True, "ALIGN": 16, "BLOCK": 2048, "STEPS": 4,
+        "MARK_NONFINITE": True, "ALIGN": 16, "BLOCK": 2048,
     }  # fmt: skip
     return plain | others
 
 
 def effect(constants: dict[str, Any], counts: bool) -> dict[str, Any]:
-    kept = {name: value for name, value in constants.items() if name not in ("STOCHASTIC", "MARK_NONFINITE", "STEPS")}
-    return kept | {"COUNTS": counts, "BLOCK": 512}
-
-
-def measuring(n: int) -> dict[str, Any]:
-    """The launch of most sums."""
-    sums = max(launches(n, True), key=lambda one: len(one.pairs))
-    return {
-        "DT": (BF16,) * len(sums.inputs), "WIDE": False, "DELTAS": True, "PAIRS": sums.pairs, "NORMS": sums.norms,
-        "SUMS": sums.columns, "WIDTH": n * (n + 1) // 2 + n, "COUNTS": n, "ALIGN": 16, "TILES": 1, "STEPS": 4,
-        "AHEAD": 2,
-    }  # fmt: skip
+    kept = {name: value for name, value in constants.items() if name not in ("STOCHASTIC", "MARK_NONFINITE")}
+    return kept | {"COUNTS": counts, "BLOCK": 1024}
 
 
 MASKED = weighted(
@@ -100,48 +90,35 @@ MASKED = weighted(
     LIMITED=True, SCORE=2, BLOCK=1024,
 )  # fmt: skip
 MASKED.pop("PER")
-HISTOGRAM = {
-    "N": 2, "DT": (BF16, BF16), "WIDE": False, "SCORE": 0, "ALIGN": 16, "STRIPS": 4, "STEPS": 4,
-}  # fmt: skip
-MASKED_STATS = {
-    "N": 2, "DT": (BF16, BF16), "WIDE": False, "DELTAS": (0,), "RANDOM": (True,), "SCORE": 0, "L1": True,
-    "SQUARES": True, "ALIGN": 16, "TILES": 1, "STEPS": 4,
-}  # fmt: skip
+SCORES = {"N": 2, "DT": (BF16, BF16), "WIDE": False, "SCORE": 1, "ALIGN": 16, "STRIPS": 4}
 SUMS = "table:*i64 numbers:*fp64 flags:*i32 pieces:i32"
 STATISTICS = "table:*i64 numbers:*fp64 flags:*i32 spans:*i64 results:"
-MEASURED = "table:*i64 sums_out:*fp64 counts_out:*i32 pieces:i32"
 COUNTED = "table:*i64 numbers:*fp64 bins:*i32 totals:*i64 pieces:i32"
-MASKED_STATISTICS = "table:*i64 numbers:*fp64 sums_out:*fp64 counts_out:*i32 pieces:i32"
 GROUPED = weighted((BF16, F32), E4M3, PER=1, STOCHASTIC=True, ALIGN=1)
+LAUNCHED = (
+    combine_kernel, effect_kernel, histogram_kernel, masked_stats_kernel, masked_sum_effect_kernel, masked_sum_kernel,
+    measure_columns_kernel, measure_kernel,
+)  # fmt: skip
 CASES = {
-    "combine": (combine_kernel, SUMS, weighted((BF16, BF16), BF16), 4),
     "wide": (combine_kernel, SUMS, weighted((F64, F16, E4M3), F16, PER=2, STOCHASTIC=True, ALIGN=0), 4),
     "grouped": (combine_kernel, SUMS, GROUPED, 4),
     "copied": (combine_kernel, SUMS, weighted((F32,), F32, PER=4), 4),
-    "sampled": (effect_kernel, STATISTICS + "*fp64", effect(weighted((BF16, BF16), BF16), False), 4),
     "nonfinite": (effect_kernel, STATISTICS + "*i64", effect(GROUPED, True), 4),
-    "measure": (measure_kernel, MEASURED, measuring(2), 1),
-    "measure_columns": (measure_columns_kernel, MEASURED, measuring(2), 1),
-    "histogram": (histogram_kernel, COUNTED, HISTOGRAM, 4),
-    "scores": (histogram_kernel, COUNTED, HISTOGRAM | {"SCORE": 1}, 4),
+    "scores": (histogram_kernel, COUNTED, SCORES, 4),
     "masked": (masked_sum_kernel, SUMS, MASKED, 4),
     "masked_sampled": (masked_sum_effect_kernel, STATISTICS + "*fp64", effect(MASKED, False), 4),
-    "masked_stats": (masked_stats_kernel, MASKED_STATISTICS, MASKED_STATS, 2),
 }
 
 
-@functools.cache
-def case(name: str, target: Any) -> Any:
-    kernel, arguments, constants, warps = CASES[name]
-    return compiled(kernel, target, arguments, constants, warps)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("target", [SM80, SM90, SM100, GFX942], ids=lambda t: f"{t.backend}-{t.arch}")
+@pytest.mark.parametrize("target", TARGETS, ids=lambda t: f"{t.backend}-{t.arch}")
 @pytest.mark.parametrize("name", CASES)
 def test_compiles(name, target):
+    check_rounding(compiled(CASES[name][0], target, *CASES[name][1:]), target)
+
+
+def check_rounding(made: Any, target: Any) -> None:
     """Each operation says how it rounds, so that none is contracted, and flushes nothing."""
-    made = case(name, target)
     if target.backend == "hip":
         assert made.asm["hsaco"]
         assert ".amdhsa_float_denorm_mode_32 3" in made.asm["amdgcn"]  # subnormals are kept
@@ -154,11 +131,22 @@ def test_compiles(name, target):
 
 
 def memory_of(ptx: str) -> tuple[list[str], list[str]]:
-    """Loads and stores of global memory that are no scalars of tables, flags or numbers."""
-    scalars = ("b64", "f64")
-    hints = re.compile(r"L1::evict_first\.|L2::cache_hint\.")
-    loads = [hints.sub("", kind) for kind in re.findall(r"ld\.global\.(\S+)", ptx) if kind not in scalars]
-    return loads, [kind for kind in re.findall(r"st\.global\.(\S+)", ptx) if kind not in scalars]
+    """Loads of elements, which are hinted as read once, and stores."""
+    loads = re.findall(r"ld\.global\.L1::evict_first\.(?:L2::cache_hint\.)?(\S+)", ptx)
+    return loads, re.findall(r"st\.global\.(\S+)", ptx)
+
+
+def widths_of(made: Any, target: Any) -> tuple[set[int], set[int]]:
+    """Bytes that a thread loads of elements at a time, and stores."""
+    if target.backend == "hip":  # scalars have their address in other registers
+        asm, sizes = made.asm["amdgcn"], {"dwordx4": 16, "dwordx2": 8, "dword": 4, "ushort": 2}
+        loads = re.findall(r"(?:global|buffer)_load_(\w+) v\S+, v\[\d+:\d+\], off", asm)
+        return {sizes[kind] for kind in loads}, {sizes[k] for k in re.findall(r"(?:global|buffer)_store_(\w+)", asm)}
+    every = []
+    for kinds in memory_of(made.asm["ptx"]):
+        parts = [re.fullmatch(r"(?:cs\.)?(?:v(\d)\.)?b(\d+)", kind) for kind in kinds]
+        every.append({int(part[1] or 1) * int(part[2]) // 8 for part in parts if part})
+    return every[0], every[1]
 
 
 @pytest.mark.slow
@@ -175,19 +163,45 @@ def test_elements_move_in_16_bytes(n, dtype, target):
     assert stores == ["cs.v4.b32"] * vectors
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kernel", ["masked", "measure", "histogram", "masked_stats"])
-def test_other_kernels_load_16_or_8_bytes(kernel):
-    loads, _ = memory_of(case(kernel, SM90).asm["ptx"])
-    assert loads
-    assert set(loads) <= {"v4.b32", "v2.b32", "b32"}, loads
+def scalar_loads(made: Any) -> dict[tuple[str, ...], int]:
+    """How many scalars are loaded outside of loops, (), and in each kind of loop: ("while",), ("for", "for")."""
+    counts: dict[tuple[str, ...], int] = {}
+    regions: list[str] = []
+    for line in made.asm["ttgir"].splitlines():
+        text = line.strip()
+        if text.startswith("}"):
+            regions.pop()
+        if re.search(r"= tt\.load .*: !tt\.ptr", text):
+            loops = tuple(region for region in regions if region in ("for", "while"))
+            counts[loops] = counts.get(loops, 0) + 1
+        if text.endswith("{"):
+            found = re.search(r"scf\.(for|while)|(\} do) ", text)
+            regions.append((found[1] or "while") if found else "")
+    return counts
+
+
+@pytest.mark.parametrize("n", [2, 8])
+def test_a_program_reads_its_row_once(n):
+    """One row is searched in a loop of one load. Then what all outputs share: tile, count, addresses, where outputs,
+    their number, flags and numbers are; and for each output where it is, total and weights."""
+    made = compiled(combine_kernel, SM90, SUMS, weighted((BF16,) * n, BF16, BLOCK=1024))
+    assert scalar_loads(made) == {("while",): 1, (): 6 + n, ("for",): 1 + n}
+    assert len(re.findall(r"ld\.global\.b64", made.asm["ptx"])) == 8 + 2 * n
+
+
+def test_statistics_load_elements_alone_in_their_loop():
+    made = compiled(effect_kernel, SM90, STATISTICS + "*fp64", effect(weighted((BF16,) * 3, BF16), False))
+    assert scalar_loads(made) == {(): 6, ("for",): 3 + 3 + 3}
 
 
 class Driver:
     """A GPU that kernels can be compiled for, and that nothing runs on."""
 
+    def __init__(self, target: Any):
+        self._target = target
+
     def get_current_target(self) -> Any:
-        return SM90
+        return self._target
 
     def get_current_device(self) -> int:
         return 0
@@ -203,26 +217,36 @@ class Compiling(LaunchContext):
         super().__init__(torch.device("cpu"))
         self.launched: list[tuple[str, Any, dict[str, Any]]] = []
 
-    def launch(self, kernel: Any, programs: int, *arguments: Any, warps: int = 4, **constants: Any) -> None:
-        options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False}
-        made = kernel.warmup(*arguments, grid=(programs,), **constants, **options)
-        self.launched.append((kernel.fn.__name__, made, constants))
+    def _launch(self, kernel: Any, programs: int, arguments: Any, named: dict[str, Any]) -> None:
+        made = kernel.warmup(*arguments, grid=(programs,), **named)
+        self.launched.append((kernel.fn.__name__, made, named))
+
+    @functools.cached_property
+    def warp(self) -> int:
+        return int(triton.runtime.driver.active.get_current_target().warp_size)
 
     def tile(self, compiled: int, interpreted: int) -> int:
         return compiled  # though its memory is the host's
 
 
 @pytest.fixture
-def room(monkeypatch):
-    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+def room(monkeypatch, request):
+    """A context for the target that is the fixture's parameter, or for Hopper."""
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver(getattr(request, "param", SM90)))
+    for kernel in LAUNCHED:
+        monkeypatch.setattr(kernel, "device_caches", type(kernel.device_caches)(kernel.create_binder))
     return Compiling()
 
 
-def pieces_of(n: int, numel: int = 98304, first: int = 1 << 20) -> dict[str, Piece]:
-    """One of each kind, of bf16: what methods ask of most tensors."""
+def pieces_of(n: int, numel: int = 98304, first: int = 1 << 20, random: bool = True) -> dict[str, Piece]:
+    """One of each kind, and a measure by column, of bf16: what methods ask of most tensors.
+
+    random  whether masks are
+    """
     operands: Any = {"inputs": tuple(Stored(i, 0, BF16) for i in range(n)), "numel": numel, "columns": numel}
+    columns: Any = operands | {"columns": 1024, "per": "column"}
     written: Any = {"sinks": (0,), "offsets": (0,), "out_dtype": BF16}
-    test = steps.MaskTest(0, 1 << 30, 5, 5, 1 << 63)
+    test = steps.MaskTest(0, 1 << 30, *([5, 5] if random else [steps.WORDS] * 2), 1 << 63)
     terms = tuple(
         steps.MaskedTerm(input=i, weight=1.0, sign_weight=1.0, share=1.0, sole_weight=0.0, importance=-1, test=test)
         for i in range(1, n)
@@ -235,13 +259,14 @@ def pieces_of(n: int, numel: int = 98304, first: int = 1 << 20) -> dict[str, Pie
     made: list[steps.Step] = [
         steps.Combine(**operands, **written, rows=(Row(0, 1.0, tuple((i, 0.5) for i in range(1, n))),)),
         steps.Measure(**operands),
+        steps.Measure(**columns),
         steps.Histogram(**operands, brackets=brackets),
         steps.MaskedStats(**operands, tests=(test,) * n, score=None, l1=True, squares=True),
         steps.MaskedSum(**operands, **written, outputs=(output,)),
     ]
     addresses = tuple(first * (1 + i) for i in range(n))
     return {
-        step.kind: Piece(
+        "columns" if step.columns == 1024 else step.kind: Piece(
             step=step, inputs=addresses, outputs=(first * (1 + n),) if isinstance(step, steps.SumStep) else (),
             numel=numel, stats_every=2,
         )
@@ -250,11 +275,23 @@ def pieces_of(n: int, numel: int = 98304, first: int = 1 << 20) -> dict[str, Pie
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("room", TARGETS, ids=lambda t: f"{t.backend}-{t.arch}", indirect=True)
 def test_launches_compile_as_they_are_made(room):
-    """What a launch passes is what a kernel takes, constants and all."""
-    run(room, [*pieces_of(2).values()])
-    wrote = {"combine_kernel", "effect_kernel", "masked_sum_kernel", "masked_sum_effect_kernel"}
-    assert {name for name, *_ in room.launched} == wrote | {"measure_kernel", "histogram_kernel", "masked_stats_kernel"}
+    """What a launch passes is what a kernel takes, constants and all. Threads load and store 16 bytes of bf16 at a
+    time, 8 in the kernel of a sum with masks that sees one chunk in many: of 16 its sums would fill the registers."""
+    target = triton.runtime.driver.active.get_current_target()
+    run(room, [*pieces_of(2, random=target is SM90).values()])  # these take long to compile
+    assert {name for name, *_ in room.launched} == {kernel.fn.__name__ for kernel in LAUNCHED}
+    for name, made, constants in room.launched:
+        check_rounding(made, target)
+        least = 8 if name == "masked_sum_effect_kernel" and not constants["COUNTS"] else 16
+        loads, stores = widths_of(made, target)
+        flag = {4} if target.backend == "hip" and constants.get("COUNTS") is True else set()
+        assert loads - flag == {least}, name
+        if name in ("combine_kernel", "masked_sum_kernel", "measure_columns_kernel"):
+            assert max(stores) == 16, name
+        if name == "measure_columns_kernel":
+            assert stores == {16}
 
 
 def test_tables_of_different_lengths_are_one_kernel(room):

@@ -1,5 +1,7 @@
 #include "../combine.h"
 
+#include <map>
+
 #include "pieces.h"
 #include "prepared.h"
 
@@ -49,7 +51,8 @@ Pendings run(Queue* queue, const Pieces& pieces) {
 
 const Kind kCombine = {StepKind::kCombine, run};
 
-PreparedSums::PreparedSums(const py::iterable& pieces) {
+PreparedSums::PreparedSums(int device, std::shared_ptr<HostPool> pool, const py::iterable& pieces) {
+  std::map<DType, std::vector<Sum>> tables;
   for (const py::handle object : pieces) {
     const ParsedPiece piece = parse_piece(object);
     if (piece.step.kind != StepKind::kCombine || piece.out.size() != 1 || piece.stats_every)
@@ -57,22 +60,36 @@ PreparedSums::PreparedSums(const py::iterable& pieces) {
     if (!sums_.empty() && sums_[0].x.size() != piece.x.size())
       throw py::value_error("sums that are prepared together need equally many inputs");
     sums_.push_back(sum_of(piece));
+    if (PreparedTable::takes(sums_.back()))
+      tables[sums_.back().out_dtype].push_back(sums_.back());
+    else
+      rest_.push_back(sums_.back());
   }
+  const py::gil_scoped_release release;
+  const OnDevice on(device);
+  for (const auto& [dtype, sums] : tables) tables_.push_back(std::make_unique<PreparedTable>(device, pool, sums));
 }
 
 void PreparedSums::run(Queue* queue, const py::handle& row) {
   if (sums_.empty()) return;
   const ParsedRow parsed = parse_row(row, sums_[0].x.size());
+  SumRow told{parsed.pivot, parsed.total, {}, nullptr, 0};
+  for (const Term& term : parsed.terms) told.terms.push_back({term.input, term.weight});
   const py::gil_scoped_release release;
   const OnDevice on(queue->device());
   const std::lock_guard<std::mutex> lock(mutex_);
-  for (Sum& sum : sums_) {
+  // A graph may live longer than the tables: its launches carry all that they need.
+  const bool by_table = PreparedTable::takes(told) && !queue->capturing();
+  std::vector<Sum>& others = by_table ? rest_ : sums_;
+  for (Sum& sum : others) {
     SumRow& own = sum.rows[0];
-    own.pivot = parsed.pivot;
-    own.total = parsed.total;
-    own.terms.assign(parsed.terms.begin(), parsed.terms.end());
+    own.pivot = told.pivot;
+    own.total = told.total;
+    own.terms = told.terms;
   }
-  combine(queue, sums_);
+  if (by_table)
+    for (const auto& table : tables_) table->run(queue, told);
+  combine(queue, others);
 }
 
 }  // namespace cuda

@@ -43,6 +43,12 @@ std::shared_ptr<Pending> no_sums(int64_t groups, int64_t reals, int64_t counts) 
   return std::make_shared<Sums>(nullptr, groups, reals, counts);
 }
 
+std::shared_ptr<Pending> fetched_sums(Queue* queue, const double* totals, int64_t groups, int64_t reals,
+                                      int64_t counts) {
+  const int64_t bytes = groups * (reals + counts) * int64_t(sizeof(double));
+  return std::make_shared<Sums>(queue->fetch(totals, bytes), groups, reals, counts);
+}
+
 std::shared_ptr<Pending> folded(Queue* queue, const FoldTask& parts, int64_t groups, int64_t reals, int64_t counts,
                                 const char* kernel, const std::function<void(double*)>& fill) {
   const int64_t parts_size = parts.rows * parts.count * parts.width;
@@ -52,8 +58,7 @@ std::shared_ptr<Pending> folded(Queue* queue, const FoldTask& parts, int64_t gro
   check_launch(kernel, queue->device());
   const double* const totals = fold_parts(parts, sums, sums + parts_size, queue->stream());
   check_launch("fold", queue->device());
-  const int64_t bytes = groups * (reals + counts) * int64_t(sizeof(double));
-  return std::make_shared<Sums>(queue->fetch(totals, bytes), groups, reals, counts);
+  return fetched_sums(queue, totals, groups, reals, counts);
 }
 
 }  // namespace cuda

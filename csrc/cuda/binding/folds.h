@@ -15,8 +15,11 @@ InputTable table_of(const ParsedPiece& piece);
 // (f64[groups * reals], i64[groups * counts]), all 0: of a piece without elements.
 std::shared_ptr<Pending> no_sums(int64_t groups, int64_t reals, int64_t counts);
 
-// Sums of a piece, computed on the device: `fill` launches what fills the parts, which are then folded. Of each group
-// there are its reals, then its counts, as float64.
+// The same of numbers in the device's memory: of each group its reals, then its counts, as float64.
+std::shared_ptr<Pending> fetched_sums(Queue* queue, const double* totals, int64_t groups, int64_t reals,
+                                      int64_t counts);
+
+// Sums of a piece, computed on the device: `fill` launches what fills the parts, which are then folded.
 std::shared_ptr<Pending> folded(Queue* queue, const FoldTask& parts, int64_t groups, int64_t reals, int64_t counts,
                                 const char* kernel, const std::function<void(double*)>& fill);
 

@@ -14,6 +14,7 @@ using fi::cuda::Buffer;
 using fi::cuda::Event;
 using fi::cuda::Kind;
 using fi::cuda::Pending;
+using fi::cuda::PreparedSums;
 using fi::cuda::Queue;
 
 const Kind* const kKinds[] = {&fi::cuda::kCombine,     &fi::cuda::kGroupCombine, &fi::cuda::kHistogram,
@@ -115,9 +116,7 @@ PYBIND11_MODULE(_cuda, m) {
       .def("run", &run, py::arg("pieces"))
       .def("record", &Queue::record, Free())
       .def("after", &Queue::after, py::arg("event"), Free());
-  py::class_<fi::cuda::PreparedSums>(m, "PreparedSums", local)
-      .def(py::init<const py::iterable&>(), py::arg("pieces"))
-      .def("run", &fi::cuda::PreparedSums::run, py::arg("queue"), py::arg("row"));
+  py::class_<PreparedSums>(m, "PreparedSums", local).def("run", &PreparedSums::run, py::arg("queue"), py::arg("row"));
   py::class_<Device>(m, "Device", local)
       .def(py::init<int>(), py::arg("index"))
       .def_property_readonly("label", [](const Device& d) { return fi::cuda::device_label(d.index); })
@@ -129,5 +128,11 @@ PYBIND11_MODULE(_cuda, m) {
       .def(
           "host", [](const Device& d, int64_t n) { return std::make_unique<Buffer>(d.index, n, true); },
           py::arg("nbytes"), Free())
-      .def("queue", &make_queue, py::arg("handle") = py::none());
+      .def("queue", &make_queue, py::arg("handle") = py::none())
+      .def(
+          "prepare",
+          [](const Device& d, const py::iterable& pieces) {
+            return std::make_unique<PreparedSums>(d.index, d.pool, pieces);
+          },
+          py::arg("pieces"));
 }

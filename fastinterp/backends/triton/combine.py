@@ -129,7 +129,7 @@ def _run(
         table = Table(some, tiles_of(some, block))
         context.launch(
             combine_kernel, table.tiles, *table.on(context), nonfinite, len(some),
-            **constants, STOCHASTIC=stochastic, MARK_NONFINITE=every > 0, ALIGN=align, BLOCK=block, STEPS=table.steps,
+            **constants, STOCHASTIC=stochastic, MARK_NONFINITE=every > 0, ALIGN=align, BLOCK=block,
         )  # fmt: skip
     if every > 0:
         measured = constants["PER"] != CONVERT

@@ -50,25 +50,26 @@ class Effects:
     kernel     the statistics kernel, as effect_kernel in _triton/combine.py, and its constants
     every      chunk c of a tensor is sampled iff c % every == 0
     measured   whether outputs differ from their pivot, so that sums over samples are needed
+    block      elements of a tile whose sums fit into registers
     flags      i32[outputs]: 1 where an output has NaN or Inf, which are counted then
     """
 
     def __init__(
         self, context: LaunchContext, kernel: Any, parts: Sequence[Part], constants: dict[str, Any],
-        *, every: int, measured: bool, flags: Any, warps: int = 4,
+        *, every: int, measured: bool, flags: Any, block: int = 1024,
     ):  # fmt: skip
         self._results: list[tuple[tuple[str, ...], list[tuple[int, int, int]], Any]] = []
-        block = context.tile(512, 8192)
         table = Table(parts, [1] * len(parts))
         rows, numbers = table.on(context)
         for counts in (True, False) if measured else (True,):
             every_span = _cut(parts, constants["OUT"], 0 if counts else every)
             for align, spans in every_span.items():
+                tile = context.tile(1024 if counts else block, 8192)
                 owners = [(parts[at].piece, j, count) for at, _, count in spans for j in parts[at].rows]
                 values = context.zeros("int64" if counts else "float64", len(owners), 4)
                 context.launch(
                     kernel, len(spans), rows, numbers, flags, context.upload(_described(parts, spans), "int64"), values,
-                    **constants, COUNTS=counts, ALIGN=align, BLOCK=block, warps=warps,
+                    **constants, COUNTS=counts, ALIGN=align, BLOCK=tile,
                 )  # fmt: skip
                 self._results.append((COUNTED if counts else SAMPLED, owners, context.fetch(values)))
 

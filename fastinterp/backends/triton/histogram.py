@@ -98,7 +98,7 @@ def _launch(
     table = Table(parts, [-(-count // tile) for count in strips])
     context.launch(
         histogram_kernel, table.tiles, *table.on(context), bins, totals, len(parts),
-        N=len(codes), DT=codes, WIDE=0 in codes, SCORE=score, ALIGN=align, STRIPS=tile, STEPS=table.steps,
+        N=len(codes), DT=codes, WIDE=0 in codes, SCORE=score, ALIGN=align, STRIPS=tile,
     )  # fmt: skip
 
 

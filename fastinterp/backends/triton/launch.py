@@ -6,6 +6,7 @@ import contextlib
 import threading
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 from fastinterp.ops.dtypes import CODE_BYTES
@@ -49,11 +50,24 @@ class LaunchContext:
             return tensor
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
-    def launch(self, kernel: Any, programs: int, *arguments: Any, warps: int = 4, **constants: Any) -> None:
-        if programs == 0:
-            return
-        with self._interpreting():
-            kernel[(programs,)](*arguments, **constants, num_warps=warps, num_stages=1, enable_fp_fusion=False)
+    def launch(self, kernel: Any, programs: int, *arguments: Any, threads: int = 128, **constants: Any) -> None:
+        """Launch a kernel. threads: of a program; there are more where a warp has more."""
+        if programs:
+            options = {"num_warps": max(1, threads // self.warp), "num_stages": 1, "enable_fp_fusion": False}
+            with self._interpreting():
+                self._launch(kernel, programs, arguments, constants | options)
+
+    def _launch(self, kernel: Any, programs: int, arguments: Sequence[Any], named: dict[str, Any]) -> None:
+        kernel[(programs,)](*arguments, **named)
+
+    @cached_property
+    def warp(self) -> int:
+        """Threads of a warp: 32 on NVIDIA, 64 on most of AMD."""
+        if self.on_host:
+            return 32
+        from triton.runtime import driver
+
+        return int(driver.active.get_current_target().warp_size)
 
     @contextlib.contextmanager
     def _interpreting(self) -> Iterator[None]:
@@ -95,9 +109,3 @@ def alignment(addresses: Sequence[int], codes: Sequence[int], *counts: int) -> i
         return ALIGNED
     natural = all(a % CODE_BYTES[code] == 0 for a, code in zip(addresses, codes, strict=True))
     return NATURAL if natural else BYTES
-
-
-def steps(rows: int) -> int:
-    """Steps of the binary search over so many rows: of few different values, since each compiles another kernel."""
-    needed = max(0, (rows - 1).bit_length())
-    return next(s for s in (4, 6, 8, 10, 12, 20, 31) if s >= needed)

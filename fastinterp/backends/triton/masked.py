@@ -17,6 +17,7 @@ from fastinterp.ops.contract import CHUNK
 from fastinterp.ops.steps import WORDS, MaskedOutput, MaskedStats, MaskedSum, MaskTest, Score
 
 DRAWN = 3  # random masks that a thread holds in registers for 8 elements; with more masks, for 4
+KEPT = {2: (32, 2), 3: (64, 2)}  # threads that sum so many inputs, and steps that they load ahead; more inputs: 64, 1
 DELTAS = 3  # deltas whose sums a program of masked_stats_kernel holds in registers
 
 
@@ -97,19 +98,17 @@ def _launch(
     for index, part in enumerate(parts):
         part.flags = index
     flags = context.zeros("int32", len(parts))
-    block = context.tile(1024, 8192)
-    warps = 4 if sum(random) <= DRAWN else 8
+    block = context.tile(1024 if sum(random) <= DRAWN else 512, 8192)
     for align, some in aligned(parts, out).items():
         table = Table(some, tiles_of(some, block))
         context.launch(
             masked_sum_kernel, table.tiles, *table.on(context), flags, len(some),
-            **named, STOCHASTIC=stochastic, MARK_NONFINITE=every > 0, ALIGN=align, BLOCK=block, STEPS=table.steps,
-            warps=warps,
+            **named, STOCHASTIC=stochastic, MARK_NONFINITE=every > 0, ALIGN=align, BLOCK=block,
         )  # fmt: skip
     if every > 0:
         effects = Effects(
-            context, masked_sum_effect_kernel, parts, named, every=every, measured=True, flags=flags, warps=warps
-        )
+            context, masked_sum_effect_kernel, parts, named, every=every, measured=True, flags=flags, block=512,
+        )  # fmt: skip
         for i in dict.fromkeys(part.piece for part in parts):
             written[i].effects.append(effects)
 
@@ -139,8 +138,10 @@ def _stats(
     """The statistics of pieces with the same constants."""
     from fastinterp._triton.masked_stats import masked_stats_kernel
 
-    n, together = len(codes), context.tile(1, 16)
-    warps = 2 if n <= 4 and sum(random) < DRAWN else 4
+    n = len(codes)
+    threads, ahead = KEPT.get(n, (64, 1)) if sum(random) < DRAWN else (128, 1)
+    together = context.tile(max(1, context.warp // threads), 16)
+    ahead = context.tile(1 if any(random) else ahead, 1)
     shapes: list[tuple[int, int]] = []
     answers = 0
     alike: dict[int, list[tuple[Part, int]]] = {}
@@ -159,7 +160,7 @@ def _stats(
             context.launch(
                 masked_stats_kernel, table.tiles, *words, sums, counts, len(some),
                 N=n, DT=codes, WIDE=0 in codes, DELTAS=tuple(range(first, min(first + DELTAS, n - 1))), RANDOM=random,
-                SCORE=score, L1=l1, SQUARES=squares, ALIGN=align, TILES=together, STEPS=table.steps, warps=warps,
+                SCORE=score, L1=l1, SQUARES=squares, ALIGN=align, AHEAD=ahead, TILES=together, threads=threads,
             )  # fmt: skip
     sums, counts = fetched(context, sums, counts)
     return [answer_of(context, sums[None, begin:end], counts[None, begin:end]) for begin, end in shapes]

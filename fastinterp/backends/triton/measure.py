@@ -10,9 +10,13 @@ from fastinterp.backends.device import Piece
 from fastinterp.backends.triton.launch import Answer, LaunchContext, alignment
 from fastinterp.backends.triton.tables import Part, Table
 from fastinterp.ops.contract import BLOCK_ROWS, CHUNK, LANES
+from fastinterp.ops.dtypes import CODE_BYTES
 from fastinterp.ops.steps import Measure
 
 TOGETHER = 4  # inputs whose sums fit into registers
+# Bytes of an input that a lane loads ahead, to keep memory busy, and for which there are registers, too: half of them
+# where there are more inputs, or columns of more than two, whose elements have addresses of their own.
+AHEAD = 8
 FETCHED = 1 << 20  # numbers that are folded on the host: more are folded on the device first
 
 
@@ -81,29 +85,35 @@ def _part(piece: Piece, begin: int, count: int, columns: int, answer: int) -> Pa
 
 def _launch(
     context: LaunchContext, kernel: Any, parts: Sequence[Part], tiles: Sequence[int], deltas: bool, sums: Any,
-    counts: Any, ahead: int,
+    counts: Any,
 ) -> None:  # fmt: skip
     """Launch all sums of parts whose inputs have the same dtypes.
 
     sums, counts  the results of all parts
     tiles         number of tiles of each part, of which a program may do several
-    ahead         tiles that are loaded ahead where there are few inputs, as far as registers hold them
     """
+    from fastinterp._triton.measure import measure_columns_kernel
+
     codes = parts[0].codes
-    wide, together = 0 in codes, context.tile(1, 64)
     aligned: dict[int, list[int]] = {}
     for p, part in enumerate(parts):
         aligned.setdefault(alignment(part.addresses, codes, part.columns), []).append(p)
     for launch in launches(len(codes), deltas):
+        # A thread sums 8 lanes of a tile, so that it loads 16 bytes of small dtypes; the sums of many pairs fit into
+        # its registers for 4 lanes.
+        threads = 32 if len(launch.pairs) <= 3 else 64
+        together = context.tile(max(1, context.warp // threads), 64)
+        widest = max(2, *[CODE_BYTES[codes[i]] for i in launch.inputs])
+        most = AHEAD >> (len(launch.inputs) > TOGETHER) + (kernel is measure_columns_kernel and len(launch.inputs) > 2)
+        ahead = context.tile(max(1, most // widest), 1)
         for align, indices in aligned.items():
             table = Table([parts[p].of(launch.inputs) for p in indices], [-(-tiles[p] // together) for p in indices])
             rows, _ = table.on(context)
             context.launch(
                 kernel, table.tiles, rows, sums, counts, len(indices),
-                DT=tuple(codes[i] for i in launch.inputs), WIDE=wide, DELTAS=deltas, PAIRS=launch.pairs,
+                DT=tuple(codes[i] for i in launch.inputs), WIDE=0 in codes, DELTAS=deltas, PAIRS=launch.pairs,
                 NORMS=launch.norms, SUMS=launch.columns, WIDTH=_width(len(codes)), COUNTS=len(codes), ALIGN=align,
-                AHEAD=context.tile(ahead if len(launch.inputs) <= 2 else 1, 1), TILES=together, STEPS=table.steps,
-                warps=1 if len(launch.pairs) <= 3 else 2,
+                AHEAD=ahead, TILES=together, threads=threads,
             )  # fmt: skip
 
 
@@ -133,7 +143,7 @@ def _rows(
         context.zeros("int32", answer_at, len(codes)),
     )
     if parts:
-        _launch(context, measure_kernel, parts, tiles, deltas, sums, counts, 2)
+        _launch(context, measure_kernel, parts, tiles, deltas, sums, counts)
     sums, counts = fetched(context, sums, counts)
     answers = []
     for answer_at, rows, chunks in shapes:
@@ -156,11 +166,11 @@ def _columns(context: LaunchContext, pieces: Sequence[Piece], codes: tuple[int, 
         if blocks:
             parts.append(_part(piece, 0, piece.numel, columns, answer_at))
             tiles.append(blocks * -(-columns // LANES))
-        answer_at += blocks * columns
+        answer_at += -(-blocks * columns // 16) * 16  # where vectors can be stored
     width, n = _width(len(codes)), len(codes)
     sums, counts = context.zeros("float64", answer_at * width), context.zeros("int32", answer_at * n)
     if parts:
-        _launch(context, measure_columns_kernel, parts, tiles, deltas, sums, counts, 2)
+        _launch(context, measure_columns_kernel, parts, tiles, deltas, sums, counts)
     sums, counts = fetched(context, sums, counts)
     answers = []
     for answer_at, blocks, columns in shapes:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fastinterp.backends.triton.launch import ALIGNED, NATURAL, LaunchContext, alignment, signed, steps
+from fastinterp.backends.triton.launch import ALIGNED, NATURAL, LaunchContext, alignment, signed
 from fastinterp.ops.dtypes import CODE_BYTES
 
 
@@ -80,7 +80,7 @@ class Table:
         # An even number of words, so that the numbers after them begin at a multiple of 16 bytes, too: for other
         # addresses kernels would be compiled once more.
         self._words = array("q", rows + pool + [0] * (len(rows) + len(pool) & 1))
-        self._numbers_at, self.tiles, self.steps = len(self._words), first, steps(len(parts))
+        self._numbers_at, self.tiles = len(self._words), first
         self._words.frombytes(numbers or bytes(8))
 
     def on(self, context: LaunchContext) -> tuple[Any, Any]:

@@ -15,6 +15,7 @@ pytestmark = [
     pytest.mark.skipif(bool(nvcc_missing()), reason=f"nvcc: {nvcc_missing()}"),
 ]
 FAST = cuda_compile.CSRC / "cuda" / "combine_fast.cu"
+PREPARED = FAST.with_name("combine_prepared.cu")
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.name)
@@ -34,6 +35,10 @@ def test_sums_read_and_write_16_bytes_at_a_time(n, dtype, code, architecture):
     made, _ = compiled(FAST)
     both = [v for k, v in machine_code(made, architecture).items() if f"fastILNS_5DTypeE{code}ELi{n}ELi" in k]
     assert len(both) == 2  # with much room for arguments, and with little
+    by_table, _ = compiled(PREPARED)
+    symbol = f"preparedILNS_5DTypeE{code}ELi{n}EE"
+    both += [v for k, v in machine_code(by_table, architecture).items() if symbol in k]
+    assert len(both) == 3
     for code_of in both:
         check_sum(code_of, n)
 

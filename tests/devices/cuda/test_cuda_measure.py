@@ -8,9 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fastinterp.backends.device import Piece
+from fastinterp.errors import OutOfMemory
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, MERGING
 from fastinterp.ops.steps import Measure
 from tests.support.devices.cuda_pieces import answers, pump_answers, same
+from tests.support.devices.emulated import deferred_cuda
 from tests.support.pumps import raws, stored
 
 
@@ -82,3 +85,40 @@ def test_tiny_float64(per):
 def test_pieces_fold_to_the_tensor(per, most):
     check("measure_deltas", per, [BF16, F8_E4M3, F16], (331, 107), most=most)
     check("measure", per, [F32, F32], (3, 33_001), most=most)
+
+
+# --- memory of measures by column ------------------------------------------------------------------------------------
+
+
+def by_columns(cuda: Any, limit: int, n: int, shape: tuple[int, int]) -> int:
+    """The launches of a measure by column of `n` inputs on a device of so many bytes, once its answer is checked."""
+    device, runtime = cuda
+    runtime.reset(runtime.DEFERRED, 1, limit)
+    step = step_of("measure", "column", [BF16] * n, shape)
+    data = raws("normal", [BF16] * n, math.prod(shape))
+    queue = device.queue()
+    piece = Piece(step=step, inputs=tuple(raw.ctypes.data for raw in data), numel=math.prod(shape))
+    (pending,) = queue.run([piece])
+    queue.record().wait()
+    assert same(pending.answer(), pump_answers(step, data))
+    assert runtime.wrong() == "" and runtime.used() == 0
+    return int(runtime.calls("launch"))
+
+
+def test_columns_are_measured_some_at_a_time(monkeypatch):
+    """Blocks of rows have 64 MB of sums at most: of 13 inputs, 104 sums and 13 counts, those of 71,000 columns."""
+    assert by_columns(deferred_cuda(monkeypatch), 1 << 30, 13, (1, 72_000)) == 2
+
+
+@pytest.mark.parametrize(("room", "passes"), [(1100, 1), (1099, 3), (512, 3), (511, 5), (256, 5)])
+def test_less_memory_is_more_passes_over_columns(monkeypatch, room, passes):
+    """Of 1100 columns. room: columns of which there are bytes for the sums of two blocks of rows and of both."""
+    sums = 8 * (3 + 2 + 2)
+    cuda = deferred_cuda(monkeypatch)
+    assert by_columns(cuda, sums * (1100 + 3 * room), 2, (65, 1100)) == 2 * passes  # each measures and folds
+
+
+def test_too_little_memory_for_256_columns_is_an_error(monkeypatch):
+    sums = 8 * (3 + 2 + 2)
+    with pytest.raises(OutOfMemory, match="cudaMallocAsync failed on cuda:0, 43008 bytes"):
+        by_columns(deferred_cuda(monkeypatch), sums * (1100 + 3 * 255), 2, (65, 1100))

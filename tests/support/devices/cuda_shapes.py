@@ -47,6 +47,7 @@ KERNELS = (
     Kernel("sum of 2, bf16", "combine_fast.cu", "4fastILNS_5DTypeE3ELi2ELi30720EE", 98, "memory"),
     Kernel("sum of 4, bf16", "combine_fast.cu", "4fastILNS_5DTypeE3ELi4ELi30720EE", 98, "memory"),
     Kernel("sum of 8, bf16", "combine_fast.cu", "4fastILNS_5DTypeE3ELi8ELi30720EE", 98, "memory"),
+    Kernel("prepared sum of 3, bf16", "combine_prepared.cu", "8preparedILNS_5DTypeE3ELi3EE", 98, "memory"),
     Kernel("sum of 4, mixed 16-bit dtypes", "combine_any.cu", "9any_unitsILi30720EE", 85, "issue slots", halves=True),
     Kernel("masked sum of 5, bf16", "masked_units.cu", "17masked_few_kernelILi4ELb1EE", 80, "issue slots"),
     Kernel("masked sum of 5, f32", "masked_units.cu", "18masked_unit_kernelILi1ELNS1_4ModeE0E", 95, "issue slots"),
