@@ -72,7 +72,8 @@ def merge(
     stream          read models that are on the Hub while they are merged, on the CPU, without storing them
     read            "pread" copies what is read of files into scratch memory. "mapped" lets the CPU's kernels read it
                     where the page cache has it; tensors that are copied, and rows that are moved, are read as before.
-                    "auto" is "pread" (docs/performance.md, "Mapped reading"). The output does not depend on it
+                    "auto" is "mapped" for methods that read again what is in the page cache, else "pread"
+                    (docs/performance.md, "Mapped reading"). The output does not depend on it
     verify_kept     where a run that was killed is resumed: compare all that it had written with its checksums, not a
                     sample
     progress        True: a line on stderr that shows it; or what is called about ten times a second with

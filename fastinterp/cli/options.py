@@ -154,7 +154,8 @@ read = click.option(
     default="auto",
     show_default=True,
     help="How files are read. mapped: the CPU's kernels read them where the page cache has them; tensors that are "
-    "copied, and rows that are moved, are read by pread. Not of models elsewhere, or with an accelerator. auto: pread.",
+    "copied, and rows that are moved, are read by pread. Not of models elsewhere, or with an accelerator. auto: mapped "
+    "for methods that read again what is in the page cache, else pread.",
 )
 
 _OUTPUT = (

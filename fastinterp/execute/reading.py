@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fastinterp.backends.cpu import MappedFile
@@ -12,9 +12,28 @@ from fastinterp.errors import StorageError, UsageError
 READS = ("auto", "pread", "mapped")
 
 
-def is_mapped(read: str) -> bool:
-    """Whether a merge maps its input files. `auto` does not: docs/performance.md, "Mapped reading", has why."""
+def maps_all(read: str) -> bool:
+    """Whether every input file is mapped, whatever the method."""
     return read == "mapped"
+
+
+def may_map(read: str, reads_again: bool) -> bool:
+    """Whether files that are in the page cache are mapped: `auto` maps them for methods that read them again.
+    docs/performance.md, "Mapped reading", has why.
+
+    Not where the address space is limited: memory that is needed later might not be had beside the mappings.
+    """
+    import resource
+
+    return read == "auto" and reads_again and resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
+
+
+def all_mapped(files: Sequence[int]) -> list[MappedFile] | None:
+    """Open files as sources that are mapped; None, if the system does not map all of them: they can be read as well."""
+    try:
+        return [MappedFile(fd) for fd in files]
+    except OSError:
+        return None
 
 
 def reading_device(read: str, device: str, streamed: Iterable[str] = ()) -> str:
@@ -25,7 +44,7 @@ def reading_device(read: str, device: str, streamed: Iterable[str] = ()) -> str:
     """
     if read not in READS:
         raise UsageError(f"read must be one of {', '.join(READS)}, got {read!r}")
-    if not is_mapped(read):
+    if not maps_all(read):
         return device
     if device not in ("auto", "cpu"):
         raise UsageError(

@@ -16,7 +16,7 @@ from fastinterp.errors import OutputError, StorageError, UsageError
 from fastinterp.execute.damaged import refuse_damaged
 from fastinterp.execute.jobs.job import Job
 from fastinterp.execute.jobs.tensor_io import TensorIO, TensorStep
-from fastinterp.execute.reading import is_mapped
+from fastinterp.execute.reading import maps_all, may_map
 from fastinterp.execute.rounds import DeviceUsage, PumpExecutor, run_jobs
 from fastinterp.execute.sinks import Sinks
 from fastinterp.execute.sources import STREAM_BYTES, Sources, remedy
@@ -211,8 +211,11 @@ def opened(
         inputs = (tensor for stage in plan.stages for tensor in stage.inputs)
         sources = Sources(
             plan.checkpoints, inputs, stack, sinks.files, sinks.scratch, stream_bytes or STREAM_BYTES,
-            in_turns=not devices, is_mapped=is_mapped(read),
+            in_turns=not devices, is_mapped=maps_all(read),
         )  # fmt: skip
+        cached = sources.cached()
+        if cached and not devices and may_map(read, window.asks):
+            sources.map()
         sinks.open(stack, isa)
         recipe = plan.recipes[0]
         scratch = _scratch(plan, sources, sinks, stack, sinks.scratch) if plan.stages is not plan.tensors else None
@@ -223,7 +226,7 @@ def opened(
             read_bytes=window.read_bytes,
             stochastic=recipe.rounding == "stochastic",
             fp8_saturate=recipe.fp8_overflow == "saturate",
-            prefetch=not sources.cached(),
+            prefetch=not cached,
             **({"ahead": blocks_ahead(window.inputs, stream_bytes)} if stream_bytes else {}),
             stats_every=STATS_EVERY,
         )

@@ -15,7 +15,7 @@ from fastinterp.checkpoint.open import changed_since
 from fastinterp.checkpoint.regular_file import close, write_all
 from fastinterp.checkpoint.remote import RemoteFile, opened
 from fastinterp.errors import NO_MEMORY, CheckpointError, FastinterpError, StorageError
-from fastinterp.execute.reading import mapped
+from fastinterp.execute.reading import all_mapped, mapped
 from fastinterp.execute.scales import refuse_scales
 from fastinterp.messages import counted, listed, size, tell
 from fastinterp.ops.dtypes import F32
@@ -222,6 +222,13 @@ class Sources:
             if cached_fraction(fd, nbytes) <= 0.95:
                 return False
         return True
+
+    def map(self) -> None:
+        """Let kernels read the files of inputs in place, all of which are open here, if the system maps them."""
+        files = {number: fd for number in self._number.values() if isinstance(fd := self.handles[number], int)}
+        if (sources := all_mapped([*files.values()])) is not None:
+            for number, source in zip(files, sources, strict=True):
+                self.handles[number] = source
 
     def refuse_changed(
         self, message: str = "it changed while it was being read. Retry once nothing is writing to it"

@@ -20,7 +20,7 @@ import fastinterp
 from benchmarks.methods import CASES, recipe, write_sidecars
 from fastinterp.backends.cpu import MappedFile, Pump, PumpOptions
 from fastinterp.execute import rounds, sources
-from fastinterp.execute.reading import reading_device
+from fastinterp.execute.reading import may_map, reading_device
 from fastinterp.ops.combine import Combine, Row
 from fastinterp.ops.dtypes import BF16, F16, F32, F64
 from fastinterp.ops.operands import Decoder, Stored
@@ -159,6 +159,56 @@ def test_in_memory_and_replayed(tmp_path):
     assert fastinterp.replay(tmp_path / "out", tmp_path / "again", read="mapped").same
 
 
+# --- auto ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mapped_fds(monkeypatch) -> list[int]:
+    """The files that the package maps from now on."""
+    found: list[int] = []
+
+    def noted(fd: int) -> MappedFile:
+        found.append(fd)
+        return MappedFile(fd)
+
+    monkeypatch.setattr("fastinterp.execute.reading.MappedFile", noted)
+    return found
+
+
+@pytest.mark.parametrize(("name", "files"), [("ties", 3), ("slerp", 2), ("linear", 0), ("task_arithmetic", 0)])
+def test_auto_maps_what_is_read_again(tmp_path, models, mapped_fds, name, files):
+    fastinterp.merge(recipe(name, CASES[name], models), tmp_path / "out", device="cpu")
+    assert len(mapped_fds) == files
+    fastinterp.merge(recipe(name, CASES[name], models), tmp_path / "again", read="pread")
+    assert len(mapped_fds) == files and tree(tmp_path / "again") == tree(tmp_path / "out")
+
+
+def test_auto_maps_nothing_that_is_not_in_the_page_cache(tmp_path, models, mapped_fds, monkeypatch):
+    monkeypatch.setattr(sources, "cached_fraction", lambda fd, size: 0.5)
+    fastinterp.merge(recipe("ties", CASES["ties"], models), tmp_path / "out")
+    assert mapped_fds == []
+
+
+def test_auto_reads_what_cannot_be_mapped(tmp_path, models, monkeypatch):
+    tried: list[int] = []
+
+    def fails(fd: int) -> None:
+        tried.append(fd)
+        raise OSError(19, "No such device")
+
+    monkeypatch.setattr("fastinterp.execute.reading.MappedFile", fails)
+    fastinterp.merge(recipe("ties", CASES["ties"], models), tmp_path / "out", device="cpu")
+    fastinterp.merge(recipe("ties", CASES["ties"], models), tmp_path / "again", read="pread")
+    assert len(tried) == 1 and tree(tmp_path / "out") == tree(tmp_path / "again")
+
+
+def test_auto_leaves_a_limited_address_space_to_other_memory(monkeypatch):
+    assert may_map("auto", reads_again=True) and not may_map("auto", reads_again=False)
+    assert not may_map("pread", reads_again=True)
+    monkeypatch.setattr("resource.getrlimit", lambda what: (1 << 40, 1 << 40))
+    assert not may_map("auto", reads_again=True)
+
+
 # --- what cannot be mapped -------------------------------------------------------------------------------------------
 
 
@@ -232,8 +282,8 @@ def test_the_error_is_that_of_pread(tmp_path, pair, monkeypatch, method, keep):
     assert f"{file}: only " in found[0] and "truncated or replaced while it was being read" in found[0]
 
 
-@pytest.mark.parametrize("threads", [1, 4])
-def test_cut_between_two_reads(tmp_path, pair, monkeypatch, threads):
+@pytest.mark.parametrize(("read", "threads"), [("mapped", 1), ("mapped", 4), ("auto", 2)])
+def test_cut_between_two_reads(tmp_path, pair, monkeypatch, read, threads):
     """When its pages have been mapped and read once: `slerp` measures, and reads again."""
     file, runs = pair[1] / "model.safetensors", []
     inner = rounds.PumpExecutor._run
@@ -247,7 +297,7 @@ def test_cut_between_two_reads(tmp_path, pair, monkeypatch, threads):
     monkeypatch.setattr(rounds.PumpExecutor, "_run", cutting)
     asked = {"merge_method": "slerp", "base_model": str(pair[0]), "models": [{"model": str(pair[1])}]}
     text = error_of(
-        lambda: fastinterp.merge(asked | {"parameters": {"t": 0.3}}, tmp_path / "out", read="mapped", threads=threads)
+        lambda: fastinterp.merge(asked | {"parameters": {"t": 0.3}}, tmp_path / "out", read=read, threads=threads)
     )
     assert f"{file}: only " in text and len(runs) == 2
     assert not (tmp_path / "out").exists()
