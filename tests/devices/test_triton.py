@@ -246,7 +246,8 @@ def pieces_of(n: int, numel: int = 98304, first: int = 1 << 20, random: bool = T
     operands: Any = {"inputs": tuple(Stored(i, 0, BF16) for i in range(n)), "numel": numel, "columns": numel}
     columns: Any = operands | {"columns": 1024, "per": "column"}
     written: Any = {"sinks": (0,), "offsets": (0,), "out_dtype": BF16}
-    test = steps.MaskTest(0, 1 << 30, *([5, 5] if random else [steps.WORDS] * 2), 1 << 63)
+    limit = 5 if random else steps.WORDS
+    test = steps.MaskTest(0, 1 << 30, limit, limit, 1 << 63)
     terms = tuple(
         steps.MaskedTerm(input=i, weight=1.0, sign_weight=1.0, share=1.0, sole_weight=0.0, importance=-1, test=test)
         for i in range(1, n)
