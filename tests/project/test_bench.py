@@ -62,7 +62,8 @@ def test_race_of_all_that_need_no_network(tmp_path, recipe):
     for name, racer in found["racers"].items():
         assert len(racer["wall_s"]) == len(racer["cpu_s"]) == 2
         assert (racer["checked_elements"] > 200_000) == (name in ("fastinterp", "naive"))
-        assert racer["peak_anon_bytes"] > 0
+        # Looked at every few milliseconds: of `cp` and `cat` of a tiny model perhaps never.
+        assert racer["peak_anon_bytes"] > 0 or name in ("copy", "touch")
     assert found["racers"]["fastinterp"]["ratio"] == {"median": 1, "min": 1, "max": 1}
     assert found["inputs"] == {"average": 2, "delta": 3}[recipe]
     assert (found["cache"], found["cached"]) == ("warm", [1, 1])
