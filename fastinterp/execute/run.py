@@ -214,7 +214,7 @@ def opened(
             in_turns=not devices, is_mapped=maps_all(read),
         )  # fmt: skip
         cached = sources.cached()
-        if cached and not devices and may_map(read, window.asks):
+        if cached and not devices and may_map(read, plan.reads_again):
             sources.map()
         sinks.open(stack, isa)
         recipe = plan.recipes[0]

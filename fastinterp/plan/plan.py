@@ -98,6 +98,11 @@ class Plan:
         return sum(stage.bytes_read for stage in self.stages)
 
     @cached_property
+    def reads_again(self) -> bool:
+        """Whether the inputs of any tensor are read more than once."""
+        return any(len(stage.reads) > 1 for stage in self.stages)
+
+    @cached_property
     def bytes_made(self) -> int:
         """Bytes of tensors of the documents above that are stored until they are read."""
         return 0 if self.stages is self.tensors else sum(stage.nbytes for t in self.tensors for stage in t.before)

@@ -175,7 +175,15 @@ def mapped_fds(monkeypatch) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize(("name", "files"), [("ties", 3), ("slerp", 2), ("linear", 0), ("task_arithmetic", 0)])
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        ("ties", 3),
+        ("slerp", 2),
+        ("sce", 3),
+        *((name, 0) for name in ("linear", "task_arithmetic", "ram", "nearswap", "fisher")),
+    ],
+)
 def test_auto_maps_what_is_read_again(tmp_path, models, mapped_fds, name, files):
     fastinterp.merge(recipe(name, CASES[name], models), tmp_path / "out", device="cpu")
     assert len(mapped_fds) == files
