@@ -144,7 +144,7 @@ about-test:
 	@test -e $(VENV)/.installed || echo "make test installs torch and the test tools in $(VENV) first: 3 GB to download and 7 GB on disk" \
 	  "from plain PyPI, 0.5 and 2 GB with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu"
 	@test -e $(VENV)/.built || echo "then it builds the extension: one to five minutes of a processor$(NVCC_BUILD)"
-	@echo "the tests take 10 to 20 minutes on two processors$(NVCC_TESTS); make check runs the quick ones"
+	@echo "the tests take 15 to 25 minutes on two processors$(NVCC_TESTS); make check runs the quick ones"
 
 oracle: $(VENV)/.built $(ORACLE_VENV)/.installed ## every method of mergekit, and recipes of sd-mecha, compared with them
 	@FASTINTERP_REQUIRE=mergekit,sd_mecha PYTHONPATH="$(CURDIR)" $(ORACLE_VENV)/bin/python -m pytest $(SHARED) tests/methods/test_oracle_deltas.py \

@@ -1,6 +1,6 @@
 """Kernels in memory, against what else computes the same sum, and against a copy of as many bytes.
 
-pytest benchmarks                        check and time everything: some ten minutes
+pytest benchmarks                        check and time everything: some thirty minutes
 pytest benchmarks --benchmark-disable    check everything on small arrays: under a minute
 """
 

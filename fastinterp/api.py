@@ -15,8 +15,6 @@ from fastinterp.messages import shown
 from fastinterp.methods import Method, given
 from fastinterp.ops.combine import MAX_OUTPUTS, MAX_POINTS
 from fastinterp.output.address import uploads
-from fastinterp.paths.average import average_of
-from fastinterp.paths.points import further_keys, point_name, point_path, point_recipe
 from fastinterp.plan.plan import documents, make_plan, plan_documents
 from fastinterp.progress import Progress, callback_of
 from fastinterp.recipe.document import Source
@@ -197,6 +195,7 @@ def interpolate(
     Alpha 0 and 1 give the bytes of `a` and `b`. The other arguments and errors are those of `merge`.
     """
     from fastinterp.execute.to_files import write_outputs  # explain does without
+    from fastinterp.paths.points import further_keys, point_name, point_path, point_recipe
 
     if (alphas is None) == (alpha is None):
         raise UsageError('one of `alphas` and `alpha` is needed: interpolate(a, b, alpha=0.3, out="mixed")')
@@ -277,6 +276,8 @@ def average(
     It is a `linear` merge, whose recipe is in the output's README.md. Configuration, tokenizer and integer tensors are
     the newest checkpoint's. The other arguments and errors are those of `merge`.
     """
+    from fastinterp.paths.average import average_of  # explain does without
+
     recipe = average_of(checkpoints, weights, decay, last, in_order, tokenizer_source).recipe
     return merge(
         recipe, out, device=device, threads=threads, max_shard_size=max_shard_size, max_memory=max_memory,

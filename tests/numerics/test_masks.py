@@ -116,7 +116,7 @@ def test_what_is_not_asked_is_0(isa, wanted):
 
 @every_isa
 @pytest.mark.parametrize(
-    "columns", [255, 256, 1024, 5000, *(pytest.param(n, marks=pytest.mark.slow) for n in (262144, 262145))]
+    "columns", [255, 256, 1024, 5000, 8193, *(pytest.param(n, marks=pytest.mark.slow) for n in (262144, 262145))]
 )
 def test_ranks_of_few_and_of_many_magnitudes(isa, columns):
     """All in one bin, all equal, in steps of bf16, over all powers of two: counted, searched for and sorted."""
