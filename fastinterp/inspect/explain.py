@@ -9,7 +9,7 @@ from typing import Any
 
 from fastinterp.backends.registry import cpu_threads, maybe_devices
 from fastinterp.execute.device_choice import choose
-from fastinterp.execute.run import Window, make_window
+from fastinterp.execute.window import Window, make_window
 from fastinterp.inspect.explain_parameters import parameters_in_force, presets_in_force, symbols
 from fastinterp.inspect.explain_text import as_text
 from fastinterp.messages import counted, size

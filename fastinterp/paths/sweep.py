@@ -13,8 +13,8 @@ from fastinterp.backends.registry import cpu_isa, cpu_threads, device_spec, find
 from fastinterp.checkpoint.names import names_file
 from fastinterp.errors import OutputError, UsageError
 from fastinterp.execute.reading import reading_device
-from fastinterp.execute.run import fitting_outputs
 from fastinterp.execute.to_files import write_outputs
+from fastinterp.execute.window import fitting_outputs
 from fastinterp.ops.combine import MAX_OUTPUTS
 from fastinterp.output.address import uploads
 from fastinterp.paths.points import Point, further_keys, grid, line, point_path

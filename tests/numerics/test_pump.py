@@ -14,7 +14,7 @@ import pytest
 
 from fastinterp.backends.cpu import Pump, PumpOptions, watch
 from fastinterp.errors import StorageError
-from fastinterp.execute.run import Window
+from fastinterp.execute.window import Window
 from fastinterp.ops.combine import Combine, Row
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
 from fastinterp.ops.operands import Stored
