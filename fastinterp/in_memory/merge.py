@@ -180,7 +180,7 @@ def _plain_sum(
     first, dtype = inputs[0], getattr(inputs[0], "dtype", None)
     if method.generator or method.base == ("required" if base is None else "none") or not low <= len(inputs) <= high:
         return None
-    if dtype is None or not all(getattr(x, "dtype", None) == dtype for x in inputs):
+    if dtype is None or any(getattr(x, "dtype", None) != dtype for x in inputs[1:]):
         return None
     shape = getattr(first, "shape", None)
     if not isinstance(shape, tuple):

@@ -218,8 +218,7 @@ def find(name: str) -> Method:
     Raises: MethodError, if there is none, or another package names what is no method.
     """
     if name in _own_names():
-        method: Method = getattr(importlib.import_module(f"{__name__}.{name}"), name)
-        return method
+        return _own(name)
     if name in _given.get():
         return _given.get()[name]
     for entry in () if name in _loaded else _entry_points():
@@ -229,6 +228,12 @@ def find(name: str) -> Method:
         known = sorted({*names(), *names_of_others()})
         raise MethodError(f"unknown merge method `{clipped(name)}`{suggestion(name, known)}")
     return _loaded[name]
+
+
+@cache
+def _own(name: str) -> Method:
+    method: Method = getattr(importlib.import_module(f"{__name__}.{name}"), name)
+    return method
 
 
 def is_own(method: Method) -> bool:
